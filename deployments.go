@@ -1,0 +1,395 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/tools/cache"
+)
+
+var deploymentsResource = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "deployments"}
+
+// restartedAtAnnotation is what `kubectl rollout restart` sets too.
+const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
+
+// deployment is what worker remembers of a Deployment. Of the embedded metadata
+// only namespace, name, uid, resourceVersion, creationTimestamp and
+// deletionTimestamp are filled. A record is never changed once it is in the
+// cache; a newer one takes its place.
+type deployment struct {
+	metav1.ObjectMeta
+	images      []containerImage
+	paused      bool
+	restartedAt string // the pod template's annotation as it stands
+	// known is since when (worker's clock) the cache has held this Deployment
+	// without a pause. A request heard before that was not offered to it.
+	known time.Time
+}
+
+// GetObjectKind and DeepCopyObject let the reflector carry records.
+func (d *deployment) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
+
+func (d *deployment) DeepCopyObject() runtime.Object {
+	record := *d
+	return &record
+}
+
+func (d *deployment) key() types.NamespacedName {
+	return types.NamespacedName{Namespace: d.Namespace, Name: d.Name}
+}
+
+// newDeployment takes what worker needs out of a Deployment as the API server
+// sends it. It walks the maps, because the Nested helpers copy what they return.
+func newDeployment(u *unstructured.Unstructured) *deployment {
+	d := &deployment{ObjectMeta: metav1.ObjectMeta{
+		Namespace:         u.GetNamespace(),
+		Name:              u.GetName(),
+		UID:               u.GetUID(),
+		ResourceVersion:   u.GetResourceVersion(),
+		CreationTimestamp: u.GetCreationTimestamp(),
+		DeletionTimestamp: u.GetDeletionTimestamp(),
+	}}
+	spec := child(u.Object, "spec")
+	d.paused, _ = spec["paused"].(bool)
+	template := child(spec, "template")
+	d.restartedAt, _ = child(child(template, "metadata"), "annotations")[restartedAtAnnotation].(string)
+	pod := child(template, "spec")
+	add := func(holder map[string]any, field, pullPolicy string) {
+		image, _ := holder[field].(string)
+		if c, ok := parseContainerImage(image, pullPolicy); ok {
+			d.images = append(d.images, c)
+		}
+	}
+	for _, field := range []string{"initContainers", "containers"} {
+		for container := range children(pod, field) {
+			policy, _ := container["imagePullPolicy"].(string)
+			add(container, "image", policy)
+		}
+	}
+	for volume := range children(pod, "volumes") {
+		// https://kubernetes.io/docs/concepts/storage/volumes/#image
+		source := child(volume, "image")
+		policy, _ := source["pullPolicy"].(string)
+		add(source, "reference", policy)
+	}
+	return d
+}
+
+func child(m map[string]any, name string) map[string]any {
+	c, _ := m[name].(map[string]any)
+	return c
+}
+
+// children yields the objects of a list of objects.
+func children(m map[string]any, name string) func(func(map[string]any) bool) {
+	return func(yield func(map[string]any) bool) {
+		list, _ := m[name].([]any)
+		for _, item := range list {
+			if object, ok := item.(map[string]any); ok && !yield(object) {
+				return
+			}
+		}
+	}
+}
+
+// image returns what the Deployment says of ref: pinned only if every use of it
+// is pinned, and the first pull policy, if any, that does not make a node pull.
+func (d *deployment) image(ref string) (pinned bool, cachedBy string) {
+	pinned = true
+	for _, c := range d.images {
+		if c.ref != ref || c.pinned {
+			continue
+		}
+		pinned = false
+		if c.pullPolicy != "Always" && cachedBy == "" {
+			cachedBy = c.pullPolicy
+		}
+	}
+	return pinned, cachedBy
+}
+
+// deploymentCache holds the Deployments of all scopes, indexed by image.
+type deploymentCache struct {
+	now func() time.Time
+	// appeared is called for each Deployment that is new to the cache or has
+	// just been resumed, after the cache holds it.
+	appeared func(*deployment)
+
+	mu      sync.RWMutex
+	byKey   map[types.NamespacedName]*deployment
+	byImage map[string]map[types.NamespacedName]struct{}
+	pending int // scopes not listed yet
+}
+
+func newDeploymentCache(now func() time.Time, appeared func(*deployment)) *deploymentCache {
+	return &deploymentCache{
+		now:      now,
+		appeared: appeared,
+		byKey:    map[types.NamespacedName]*deployment{},
+		byImage:  map[string]map[types.NamespacedName]struct{}{},
+		pending:  1,
+	}
+}
+
+// run keeps the cache true until ctx is done: one watch for all namespaces, or
+// one for each of those named, so that namespaced Roles suffice. Its error is a
+// scope that RBAC forbids from the start.
+func (c *deploymentCache) run(ctx context.Context, client dynamic.Interface, namespaces []string, selector string) error {
+	if len(namespaces) == 0 {
+		namespaces = []string{metav1.NamespaceAll}
+	}
+	c.mu.Lock()
+	c.pending = len(namespaces)
+	c.mu.Unlock()
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for _, namespace := range namespaces {
+		s := &scope{
+			cache:     c,
+			namespace: namespace,
+			client:    client.Resource(deploymentsResource).Namespace(namespace),
+			semantics: client,
+			selector:  selector,
+			forbidden: cancel,
+		}
+		r := cache.NewReflectorWithOptions(s.listWatch(), nil, s, cache.ReflectorOptions{
+			Name:            "deployments",
+			TypeDescription: "deployments.apps",
+			// The default waits up to a minute for an API server that is back.
+			Backoff: &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 10, Cap: 5 * time.Second},
+		})
+		wg.Go(func() { r.RunWithContext(ctx) })
+	}
+	wg.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// synced says whether every scope has been listed.
+func (c *deploymentCache) synced() bool {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.pending == 0
+}
+
+// get returns the record of a Deployment, or nil.
+func (c *deploymentCache) get(key types.NamespacedName) *deployment {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.byKey[key]
+}
+
+// running returns the Deployments whose pod template names the image.
+func (c *deploymentCache) running(image string) []*deployment {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	ds := make([]*deployment, 0, len(c.byImage[image]))
+	for key := range c.byImage[image] {
+		ds = append(ds, c.byKey[key])
+	}
+	return ds
+}
+
+// put stores a record and says whether it is new or has just been resumed.
+// c.mu is held.
+func (c *deploymentCache) put(d *deployment) (appeared bool) {
+	key := d.key()
+	old := c.byKey[key]
+	appeared = old == nil || old.UID != d.UID || old.paused && !d.paused
+	if appeared {
+		d.known = c.now()
+	} else {
+		d.known = old.known
+	}
+	c.remove(key)
+	c.byKey[key] = d
+	for _, image := range d.images {
+		keys := c.byImage[image.ref]
+		if keys == nil {
+			keys = map[types.NamespacedName]struct{}{}
+			c.byImage[image.ref] = keys
+		}
+		keys[key] = struct{}{}
+	}
+	return appeared
+}
+
+// remove forgets a record. c.mu is held.
+func (c *deploymentCache) remove(key types.NamespacedName) {
+	old := c.byKey[key]
+	if old == nil {
+		return
+	}
+	delete(c.byKey, key)
+	for _, image := range old.images {
+		delete(c.byImage[image.ref], key)
+		if len(c.byImage[image.ref]) == 0 {
+			delete(c.byImage, image.ref)
+		}
+	}
+}
+
+// scope is one watch: all namespaces, or one. It is what the reflector reads
+// from and stores to.
+type scope struct {
+	cache     *deploymentCache
+	namespace string // "" for all
+	client    dynamic.ResourceInterface
+	semantics any // the whole client: it may say that it cannot stream lists
+	selector  string
+	forbidden context.CancelCauseFunc // ends the cache's run
+	listed    bool                    // guarded by cache.mu
+}
+
+// listWatch reduces Deployments to records as they arrive, a page or an event
+// at a time: whole, those of a big cluster would take hundreds of megabytes.
+func (s *scope) listWatch() cache.ListerWatcher {
+	return cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
+			o.LabelSelector = s.selector
+			if o.ResourceVersion == "0" {
+				o.ResourceVersion = "" // API servers ignore the limit for "0"
+			}
+			page, err := s.client.List(ctx, o)
+			if err != nil {
+				return nil, s.refused("list", err)
+			}
+			records := &deploymentList{ListMeta: metav1.ListMeta{
+				ResourceVersion:    page.GetResourceVersion(),
+				Continue:           page.GetContinue(),
+				RemainingItemCount: page.GetRemainingItemCount(),
+			}}
+			for i := range page.Items {
+				records.Items = append(records.Items, *newDeployment(&page.Items[i]))
+			}
+			return records, nil
+		},
+		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+			o.LabelSelector = s.selector
+			w, err := s.client.Watch(ctx, o)
+			if err != nil {
+				return nil, s.refused("watch", err)
+			}
+			return watch.Filter(w, func(e watch.Event) (watch.Event, bool) {
+				if u, ok := e.Object.(*unstructured.Unstructured); ok && e.Type != watch.Bookmark && e.Type != watch.Error {
+					e.Object = newDeployment(u)
+				}
+				return e, true
+			}), nil
+		},
+	}, s.semantics)
+}
+
+// refused ends run if RBAC forbids a scope that was never listed: nothing but
+// an operator can mend that. Later, a Role that is replaced may be missing for a
+// moment, and the reflector tries again.
+func (s *scope) refused(verb string, err error) error {
+	if !apierrors.IsForbidden(err) {
+		return err
+	}
+	where := "in all namespaces; grant it with a ClusterRole, or narrow WORKER_NAMESPACES"
+	if s.namespace != "" {
+		where = fmt.Sprintf("in namespace %s; grant it with a Role there, or change WORKER_NAMESPACES", s.namespace)
+	}
+	err = fmt.Errorf("RBAC forbids to %s deployments.apps %s: %w", verb, where, err)
+	s.cache.mu.RLock()
+	defer s.cache.mu.RUnlock()
+	if !s.listed {
+		s.forbidden(err)
+	}
+	return err
+}
+
+// Add, Update, Delete, Replace and Resync are cache.ReflectorStore.
+
+func (s *scope) Add(obj any) error { return s.Update(obj) }
+
+func (s *scope) Update(obj any) error {
+	d, ok := obj.(*deployment)
+	if !ok {
+		return fmt.Errorf("watch of deployments brought a %T", obj)
+	}
+	s.cache.mu.Lock()
+	appeared := s.cache.put(d)
+	s.cache.mu.Unlock()
+	if appeared {
+		s.cache.appeared(d)
+	}
+	return nil
+}
+
+func (s *scope) Delete(obj any) error {
+	d, ok := obj.(*deployment)
+	if !ok {
+		return fmt.Errorf("watch of deployments brought a %T", obj)
+	}
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	s.cache.remove(d.key())
+	return nil
+}
+
+// Replace is the outcome of a list: what is not in it is gone.
+func (s *scope) Replace(items []any, _ string) error {
+	var appeared []*deployment
+	listed := make(map[types.NamespacedName]struct{}, len(items))
+	c := s.cache
+	c.mu.Lock()
+	for _, item := range items {
+		d, ok := item.(*deployment)
+		if !ok {
+			c.mu.Unlock()
+			return fmt.Errorf("list of deployments brought a %T", item)
+		}
+		listed[d.key()] = struct{}{}
+		if c.put(d) {
+			appeared = append(appeared, d)
+		}
+	}
+	for key := range c.byKey {
+		if _, ok := listed[key]; !ok && (s.namespace == "" || s.namespace == key.Namespace) {
+			c.remove(key)
+		}
+	}
+	if !s.listed {
+		s.listed = true
+		c.pending--
+	}
+	c.mu.Unlock()
+	for _, d := range appeared {
+		c.appeared(d)
+	}
+	return nil
+}
+
+func (s *scope) Resync() error { return nil }
+
+// deploymentList is a page of records.
+type deploymentList struct {
+	metav1.ListMeta
+	Items []deployment
+}
+
+func (l *deploymentList) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
+
+func (l *deploymentList) DeepCopyObject() runtime.Object {
+	list := *l
+	list.Items = append([]deployment(nil), l.Items...)
+	return &list
+}

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"go/build"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// TestMain lets the test binary stand in for the program, so that its exit
+// status is tested without building it again.
+func TestMain(m *testing.M) {
+	if os.Getenv("KUBEROLLOUTTRIGGER_TEST_MAIN") == "1" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// program runs the program with no environment but vars.
+func program(t *testing.T, vars []string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), exe, args...)
+	cmd.Env = append([]string{"KUBEROLLOUTTRIGGER_TEST_MAIN=1", "GOCOVERDIR=" + t.TempDir()}, vars...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err = cmd.Run()
+	if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+func TestCommandLine(t *testing.T) {
+	const password = "hunter2-do-not-print"
+	secret := []string{"VALKEY_PASSWORD=" + password}
+	for _, tt := range []struct {
+		args           string
+		vars           []string
+		code           int
+		stdout, stderr string // parts
+	}{
+		{args: "help", stdout: "usage: kuberollouttrigger <subcommand>"},
+		{args: "--help", stdout: "web"},
+		{args: "version", stdout: "kuberollouttrigger "},
+		{args: "version x", code: 2, stderr: "unexpected argument"},
+		{args: "", code: 2, stderr: "a subcommand is missing"},
+		{args: "serve", code: 2, stderr: `unknown subcommand "serve"`},
+		{args: "web -h", vars: secret, stdout: "--github-oidc-audience"},
+		{args: "worker --help", vars: secret, stdout: "--worker-namespaces"},
+		{args: "web", vars: secret, code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), GITHUB_OIDC_AUDIENCE (--github-oidc-audience), GITHUB_ALLOWED_ORG (--github-allowed-org)"},
+		{args: "worker", code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix)"},
+		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme", code: 2, stderr: "KUBECONFIG (--kubeconfig) is not set, and this is not a pod"},
+		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=/none", code: 1, stderr: "reading the Kubernetes configuration"},
+		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", vars: secret, code: 1, stderr: "listening for web"},
+		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy)"},
+		{args: "dev", code: 2, stderr: `unknown subcommand "dev"`},
+	} {
+		if tt.args == "dev" && devBuild() {
+			continue
+		}
+		stdout, stderr, code := program(t, tt.vars, strings.Fields(tt.args)...)
+		if code != tt.code || !strings.Contains(stdout, tt.stdout) || !strings.Contains(stderr, tt.stderr) {
+			t.Errorf("%q: exit %d, want %d\nstdout %s\nstderr %s", tt.args, code, tt.code, stdout, stderr)
+		}
+		if strings.Contains(stdout+stderr, password) {
+			t.Errorf("%q prints the password", tt.args)
+		}
+	}
+}
+
+func devBuild() bool {
+	for _, c := range commands {
+		if c.name == "dev" {
+			return true
+		}
+	}
+	return false
+}
+
+// The production build holds nothing of what is for development and tests, and
+// none of the packages that would double its size.
+func TestProductionBuild(t *testing.T) {
+	for _, target := range []string{"linux/amd64", "linux/arm64", "darwin/arm64", "windows/amd64"} {
+		goos, goarch, _ := strings.Cut(target, "/")
+		cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-f", "{{.ImportPath}} {{.GoFiles}}", ".")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS="+goos, "GOARCH="+goarch)
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("go list: %v", err)
+		}
+		lines := strings.Split(string(out), "\n")
+		if len(lines) < 100 {
+			t.Fatalf("go list found %d packages", len(lines))
+		}
+		for _, line := range lines {
+			path, files, _ := strings.Cut(line, " ")
+			for _, forbidden := range []string{
+				"k8s.io/client-go/kubernetes", "k8s.io/client-go/informers", "k8s.io/client-go/dynamic/dynamicinformer",
+				"k8s.io/client-go/dynamic/fake", "k8s.io/client-go/testing", "k8s.io/api", "github.com/alicebob/miniredis",
+				"testing", "net/http/httptest", "github.com/rogpeppe/go-internal",
+			} {
+				if path == forbidden || strings.HasPrefix(path, forbidden+"/") {
+					t.Errorf("%s: %s is in the production build", target, path)
+				}
+			}
+			if path == "kuberollouttrigger" && strings.Contains(files, "dev") {
+				t.Errorf("%s: development code is in the production build: %s", target, files)
+			}
+		}
+	}
+	pkg, err := build.ImportDir(".", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(strings.Join(pkg.IgnoredGoFiles, " "), "dev.go") && !devBuild() {
+		t.Error("dev.go is not kept out by its build tag")
+	}
+}

@@ -1,0 +1,406 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"regexp"
+	"regexp/syntax"
+	"slices"
+	"strings"
+
+	"sigs.k8s.io/yaml/goyaml.v2"
+)
+
+// defaultCondition holds for a rule that does not name event_name. Each of these
+// events runs code that someone with write access put into the repository. The
+// others may run a stranger's: tokens of pull_request_target and workflow_run
+// look like main's in every claim but this one.
+// https://docs.github.com/en/actions/reference/workflows-and-actions/events-that-trigger-workflows
+var defaultCondition = condition{"event_name", []pattern{
+	{"push"}, {"workflow_dispatch"}, {"repository_dispatch"}, {"release"}, {"schedule"}, {"registry_package"}, {"deployment"},
+}}
+
+// policy decides which verified jobs may ask, and for which images.
+type policy struct {
+	orgs     []string // lower case
+	ownerIDs []string // empty: not pinned
+	rules    []rule   // never empty
+}
+
+// rule admits the jobs that satisfy all its conditions, for requests in which
+// every image matches one of its patterns.
+type rule struct {
+	name       string
+	conditions []condition
+	images     []pattern
+}
+
+// condition is satisfied by a claim that matches one of the values.
+type condition struct {
+	claim  string
+	values []pattern
+}
+
+// newPolicy reads GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and TRUST_POLICY.
+// Without a trust policy, every job of those organisations that runs for one of
+// the default events may ask for any image.
+func newPolicy(orgs, ownerIDs []string, trust string) (*policy, error) {
+	p := &policy{ownerIDs: ownerIDs}
+	for _, org := range orgs {
+		p.orgs = append(p.orgs, lowerASCII(org))
+	}
+	if len(orgs) == 0 || slices.Contains(orgs, "") || slices.Contains(ownerIDs, "") {
+		return nil, errors.New("GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID: missing or empty; expected at least one owner, and ids that are numbers")
+	}
+	if trust == "" {
+		p.rules = []rule{{"default rule", []condition{defaultCondition}, []pattern{newPattern("*")}}}
+		return p, nil
+	}
+	var err error
+	if p.rules, err = parseRules(trust); err != nil {
+		return nil, fmt.Errorf("TRUST_POLICY: %w", err)
+	}
+	return p, nil
+}
+
+// admit decides on the claims alone: nil means that the job may ask. The error
+// is for the log, and says for each rule what did not match.
+func (p *policy) admit(c claims) error {
+	// GitHub's names are ASCII; strings.EqualFold takes U+212A for k.
+	if !slices.Contains(p.orgs, lowerASCII(c["repository_owner"])) {
+		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.shown("repository_owner"))
+	}
+	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c["repository_owner_id"]) {
+		return fmt.Errorf("repository_owner_id is %s, none of GITHUB_ALLOWED_ORG_ID", c.shown("repository_owner_id"))
+	}
+	var mismatches []string
+	for _, r := range p.rules {
+		claim, ok := r.mismatch(c)
+		if ok {
+			return nil
+		}
+		mismatches = append(mismatches, fmt.Sprintf("%s: %s is %s", r.name, claim, c.shown(claim)))
+	}
+	return fmt.Errorf("no rule matches the claims: %s", strings.Join(mismatches, "; "))
+}
+
+// allow decides on the canonical references that an admitted job asks for. One
+// rule must allow them all. The error may be told to the job.
+func (p *policy) allow(c claims, images []string) error {
+	if len(images) == 0 {
+		return errors.New("no image was asked for")
+	}
+	most := 0 // images that a single rule allows, from the first
+	for _, r := range p.rules {
+		if _, ok := r.mismatch(c); !ok {
+			continue
+		}
+		denied := slices.IndexFunc(images, func(image string) bool { return !r.allows(c, image) })
+		if denied < 0 {
+			return nil
+		}
+		most = max(most, denied)
+	}
+	if most > 0 {
+		return fmt.Errorf("this job may not restart %s, or not together with %s", images[most], images[0])
+	}
+	return fmt.Errorf("this job may not restart %s", images[0])
+}
+
+// describe returns a line for each rule in force.
+func (p *policy) describe() []string {
+	var lines []string
+	for _, r := range p.rules {
+		line := r.name + ":"
+		for _, cond := range r.conditions {
+			line += " " + cond.claim + "=" + joinPatterns(cond.values)
+		}
+		lines = append(lines, line+" may restart "+joinPatterns(r.images))
+	}
+	return lines
+}
+
+// mismatch returns the first claim that does not satisfy its condition, or
+// true. An absent claim satisfies none, not even "*".
+func (r *rule) mismatch(c claims) (claim string, ok bool) {
+	for _, cond := range r.conditions {
+		value, present := c[cond.claim]
+		if !present || !slices.ContainsFunc(cond.values, func(p pattern) bool { return p.matches(value) }) {
+			return cond.claim, false
+		}
+	}
+	return "", true
+}
+
+func (r *rule) allows(c claims, image string) bool {
+	return slices.ContainsFunc(r.images, func(p pattern) bool {
+		p, ok := p.expand(c)
+		return ok && p.matches(image)
+	})
+}
+
+// pattern is the text before, between and after the stars of a pattern; one
+// element is text without a star.
+type pattern []string
+
+func newPattern(s string) pattern { return strings.Split(s, "*") }
+
+func (p pattern) String() string { return strings.Join(p, "*") }
+
+func joinPatterns(patterns []pattern) string {
+	var texts []string
+	for _, p := range patterns {
+		texts = append(texts, fmt.Sprintf("%q", p))
+	}
+	return strings.Join(texts, "|")
+}
+
+// matches compares the whole of s. Each text is looked for once, right after
+// the one before it, so the time is linear whatever the number of stars.
+func (p pattern) matches(s string) bool {
+	if len(p) == 1 {
+		return s == p[0]
+	}
+	first, last := p[0], p[len(p)-1]
+	if len(s) < len(first)+len(last) || !strings.HasPrefix(s, first) || !strings.HasSuffix(s, last) {
+		return false
+	}
+	s = s[len(first) : len(s)-len(last)]
+	for _, text := range p[1 : len(p)-1] {
+		i := strings.Index(s, text)
+		if i < 0 {
+			return false
+		}
+		s = s[i+len(text):]
+	}
+	return true
+}
+
+// expand puts the verified claims in the place of the placeholders, in lower
+// case as images are. A star in a claim stays a star: p was split before. It
+// fails if a claim is absent or empty.
+func (p pattern) expand(c claims) (expanded pattern, ok bool) {
+	ok = true
+	for _, text := range p {
+		expanded = append(expanded, placeholderRE.ReplaceAllStringFunc(text, func(placeholder string) string {
+			value := c[strings.Trim(placeholder, "{}")]
+			ok = ok && value != ""
+			return lowerASCII(value)
+		}))
+	}
+	return expanded, ok
+}
+
+// parseRules reads TRUST_POLICY. What it does not understand or what could never
+// match is an error: a policy that means something else than its author must
+// not start.
+func parseRules(text string) ([]rule, error) {
+	//lint:ignore SA1019 sigs.k8s.io/yaml itself reads only the first document, and makes strings of keys that are none
+	decoder := yaml.NewDecoder(strings.NewReader(text))
+	decoder.SetStrict(true) // duplicate keys
+	var document any
+	if err := decoder.Decode(&document); err != nil && err != io.EOF {
+		return nil, errors.New(strings.Join(strings.Fields(err.Error()), " "))
+	}
+	if err := decoder.Decode(new(any)); err != io.EOF {
+		return nil, errors.New("more than one YAML document; expected one list of rules")
+	}
+	list, _ := document.([]any)
+	if len(list) == 0 {
+		return nil, errors.New(`no rules; expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`)
+	}
+	rules := make([]rule, len(list))
+	for i, item := range list {
+		r, err := parseRule(item)
+		if err != nil {
+			return nil, fmt.Errorf("rule %d: %w", i+1, err)
+		}
+		r.name = fmt.Sprintf("rule %d", i+1)
+		rules[i] = r
+	}
+	return rules, nil
+}
+
+func parseRule(item any) (r rule, err error) {
+	members, _ := item.(map[any]any)
+	for name := range members {
+		if name != "claims" && name != "images" {
+			return r, fmt.Errorf("unknown member %q; expected claims and images", fmt.Sprint(name))
+		}
+	}
+	named, _ := members["claims"].(map[any]any)
+	if len(named) == 0 {
+		return r, errors.New("no claims; expected names with values, such as claims: {ref: refs/heads/main}")
+	}
+	// A rule that does not name the event gets the default ones, even beside a
+	// rule that names others: to let pull requests restart preview images must
+	// not open the rule for production.
+	if _, ok := named["event_name"]; !ok {
+		r.conditions = append(r.conditions, defaultCondition)
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(named), func(a, b any) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) }) {
+		name, ok := key.(string)
+		if !ok {
+			return r, fmt.Errorf("claim name %v is not a string; put it in quotes", key)
+		}
+		values, ok := named[key].([]any)
+		if !ok {
+			values = []any{named[key]}
+		}
+		patterns, err := parsePatterns(values, func(s string) error { return checkValue(name, s) })
+		if err != nil {
+			return r, fmt.Errorf("claim %s: %w", name, err)
+		}
+		r.conditions = append(r.conditions, condition{name, patterns})
+	}
+	images, ok := members["images"].([]any)
+	if !ok {
+		return r, errors.New(`no images; expected a list, such as images: ["ghcr.io/{repository}:dev"]`)
+	}
+	if r.images, err = parsePatterns(images, checkImage); err != nil {
+		return r, fmt.Errorf("images: %w", err)
+	}
+	return r, nil
+}
+
+func parsePatterns(values []any, check func(string) error) (patterns []pattern, err error) {
+	if len(values) == 0 {
+		return nil, errors.New("an empty list; expected at least one value")
+	}
+	for _, value := range values {
+		switch value := value.(type) {
+		case string:
+			if err := check(value); err != nil {
+				return nil, err
+			}
+			patterns = append(patterns, newPattern(value))
+		case nil:
+			return nil, errors.New(`no value; expected a string, "" if the claim must be empty`)
+		case bool:
+			return nil, fmt.Errorf("%t is not a string; put on, off, yes, no, true and false in quotes, or YAML reads them so", value)
+		case []any, map[any]any:
+			return nil, errors.New("a list or map as value; expected a string")
+		default:
+			return nil, fmt.Errorf("%v is not a string; put it in quotes, as claims are strings, ids included", value)
+		}
+	}
+	return patterns, nil
+}
+
+// checkImage refuses what no canonical reference can match.
+func checkImage(s string) error {
+	example, _ := newPattern(s).expand(claims{"repository": "owner/name", "repository_owner": "owner", "repository_id": "1"})
+	if strings.ContainsAny(example.String(), "{}") {
+		return fmt.Errorf("%q has an unknown placeholder; expected {repository}, {repository_owner} or {repository_id}", s)
+	}
+	// docker.io/nginx is docker.io/library/nginx in canonical form.
+	if !possible(example, imageForm) || familiarRE.MatchString(example.String()) {
+		return fmt.Errorf("%q can match no image; expected a registry, a name in lower case and a tag, such as ghcr.io/{repository}:v* or docker.io/library/nginx:*", s)
+	}
+	return nil
+}
+
+// checkValue refuses what the claim of that name can never be.
+func checkValue(name, s string) error {
+	if placeholderRE.MatchString(s) {
+		return fmt.Errorf("%q has a placeholder; expected one in images only", s)
+	}
+	if slices.Contains([]string{"aud", "exp", "iat", "nbf"}, name) {
+		return errors.New("cannot be matched; web checks it for every token")
+	}
+	if claim, ok := claimForms[name]; ok && !possible(newPattern(s), claim.form) {
+		return fmt.Errorf("%q can match no token; expected %s", s, claim.expected)
+	}
+	return nil
+}
+
+var (
+	placeholderRE = regexp.MustCompile(`\{(repository|repository_owner|repository_id)\}`)
+	familiarRE    = regexp.MustCompile(`^(index\.)?docker\.io/[^/*]*:`)
+
+	// The grammar of github.com/distribution/reference, with what canonical
+	// references always have: a host that looks like one, and a tag.
+	imageForm = func() string {
+		host := `[0-9a-z]([0-9a-z-]*[0-9a-z])?`
+		path := `[0-9a-z]+(([._]|__|-+)[0-9a-z]+)*`
+		return `(localhost|` + host + `((\.` + host + `)+(:[0-9]+)?|:[0-9]+)|\[[0-9a-f:]+\](:[0-9]+)?)(/` + path + `)+:\w[\w.-]*`
+	}()
+
+	// claimForms are those that GitHub documents and people get wrong.
+	claimForms = map[string]struct{ form, expected string }{
+		"ref":                 {`(refs/.+)?`, "refs/heads/name or refs/tags/name"},
+		"event_name":          {`[a-z_]+`, "the name of an event, such as push"},
+		"repository":          {`[^/]+/[^/]+`, "owner/name"},
+		"repository_id":       {`\d+`, "a number"},
+		"repository_owner_id": {`\d+`, "a number"},
+		"job_workflow_ref":    {`[^/]+/[^/]+/.+@.+`, "owner/name/.github/workflows/file.yml@ref"},
+	}
+)
+
+// possible says whether any text matches both the pattern and, from end to end,
+// the regular expression form. It walks the pattern through the automaton of
+// the expression; a star leads to every state that can be reached from there.
+func possible(p pattern, form string) bool {
+	parsed, err := syntax.Parse(form, syntax.Perl)
+	if err != nil {
+		panic(err) // forms are constants
+	}
+	prog, err := syntax.Compile(parsed.Simplify())
+	if err != nil {
+		panic(err)
+	}
+	type set map[uint32]bool
+	var enter func(states set, pc uint32)
+	enter = func(states set, pc uint32) {
+		if states[pc] {
+			return
+		}
+		states[pc] = true
+		switch inst := prog.Inst[pc]; inst.Op {
+		case syntax.InstAlt, syntax.InstAltMatch:
+			enter(states, inst.Out)
+			enter(states, inst.Arg)
+		case syntax.InstCapture, syntax.InstNop:
+			enter(states, inst.Out)
+		}
+	}
+	step := func(states set, takes func(*syntax.Inst) bool) set {
+		next := set{}
+		for pc := range states {
+			if inst := &prog.Inst[pc]; takes(inst) {
+				enter(next, inst.Out)
+			}
+		}
+		return next
+	}
+	states := set{}
+	enter(states, uint32(prog.Start))
+	for i, text := range p {
+		for known := -1; i > 0 && known < len(states); {
+			known = len(states)
+			maps.Copy(states, step(states, func(inst *syntax.Inst) bool { return inst.Rune != nil }))
+		}
+		for _, char := range text {
+			states = step(states, func(inst *syntax.Inst) bool { return inst.MatchRune(char) })
+		}
+	}
+	for pc := range states {
+		if prog.Inst[pc].Op == syntax.InstMatch {
+			return true
+		}
+	}
+	return false
+}
+
+// lowerASCII leaves every letter beyond ASCII alone: strings.ToLower makes a k
+// of U+212A, and a name with it is somebody else's.
+func lowerASCII(s string) string {
+	return strings.Map(func(r rune) rune {
+		if 'A' <= r && r <= 'Z' {
+			return r + 'a' - 'A'
+		}
+		return r
+	}, s)
+}

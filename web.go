@@ -1,0 +1,206 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// retryAfter is the Retry-After, in seconds, of a request that could not be
+// taken: Valkey and GitHub are usually back by then.
+const retryAfter = "2"
+
+// web is the public HTTP API.
+type web struct {
+	log      *slog.Logger
+	verifier *verifier
+	policy   *policy
+	prefixes imagePrefixes
+	// publish records the images and announces them, all or none.
+	publish func(ctx context.Context, images []string) (requestedAt, subscribers int64, err error)
+}
+
+// accepted is the body of a 202.
+type accepted struct {
+	Images      []string `json:"images"`
+	RequestedAt string   `json:"requestedAt"` // RFC 3339, UTC, microseconds
+	Subscribers int64    `json:"subscribers"` // workers that heard it at once
+}
+
+// denial is an answer other than 202, and why. What the caller may know is in
+// answer; reason is for the log alone.
+type denial struct {
+	status int
+	answer string // "" for the bare denial that tells nothing
+	reason error
+}
+
+func (d *denial) Error() string { return d.reason.Error() }
+
+// ServeHTTP answers POST /event and GET /healthz, and nothing else.
+func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Content-Type-Options", "nosniff")
+	switch r.URL.Path {
+	case "/event":
+		if r.Method != http.MethodPost {
+			h.Set("Allow", http.MethodPost)
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		s.serveEvent(w, r)
+	case "/healthz":
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			h.Set("Allow", http.MethodGet)
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		io.WriteString(w, "ok\n")
+	default:
+		w.WriteHeader(http.StatusNotFound)
+	}
+}
+
+// serveEvent answers one POST /event and logs one line about it.
+func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	id := rand.Text()
+	w.Header().Set("X-Request-Id", id)
+	log := s.log.With("request_id", id, "remote", r.RemoteAddr)
+
+	c, a, err := s.event(w, r)
+	if c != nil { // the token is GitHub's: say whose
+		log = log.With("repository", c["repository"], "event_name", c["event_name"], "ref", c["ref"], "run_id", c["run_id"])
+	}
+	log = log.With("duration", time.Since(start).String())
+	if err == nil {
+		log.Info("accepted", "status", http.StatusAccepted, "images", a.Images, "requested_at", a.RequestedAt, "subscribers", a.Subscribers)
+		writeJSON(w, http.StatusAccepted, a)
+		return
+	}
+	d := new(denial)
+	if !errors.As(err, &d) {
+		d = &denial{status: http.StatusInternalServerError, reason: err}
+	}
+	level := slog.LevelInfo
+	if d.status >= http.StatusInternalServerError {
+		level = slog.LevelError
+	}
+	log.Log(r.Context(), level, "denied", "status", d.status, "reason", cut(d.reason.Error()))
+	d.write(w)
+}
+
+// write sends the answer. Who is not authenticated learns nothing from it.
+func (d *denial) write(w http.ResponseWriter) {
+	switch d.status {
+	case http.StatusUnauthorized:
+		w.Header().Set("WWW-Authenticate", "Bearer")
+	case http.StatusServiceUnavailable:
+		w.Header().Set("Retry-After", retryAfter)
+	}
+	if d.answer != "" {
+		writeJSON(w, d.status, map[string]string{"error": d.answer})
+		return
+	}
+	text := "access denied"
+	if d.status >= http.StatusInternalServerError {
+		text = http.StatusText(d.status)
+	}
+	http.Error(w, text, d.status)
+}
+
+// event does what POST /event asks for: the token before the claims, the claims
+// before the body, so that nobody without a right to ask gets a word about the
+// body. The claims are returned as soon as they are verified.
+func (s *web) event(w http.ResponseWriter, r *http.Request) (claims, *accepted, error) {
+	token, err := bearerToken(r)
+	if err != nil {
+		return nil, nil, &denial{http.StatusUnauthorized, "", err}
+	}
+	c, err := s.verifier.verify(token)
+	if errors.Is(err, errNoKeys) {
+		return nil, nil, &denial{http.StatusServiceUnavailable, "", err}
+	}
+	if err != nil {
+		return nil, nil, &denial{http.StatusUnauthorized, "", err}
+	}
+	if err := s.policy.admit(c); err != nil {
+		return c, nil, &denial{http.StatusForbidden, "", err}
+	}
+	images, err := readImages(w, r)
+	if err != nil {
+		return c, nil, err
+	}
+	for _, image := range images {
+		if !s.prefixes.allows(image) {
+			err := fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image)
+			return c, nil, &denial{http.StatusForbidden, err.Error(), err}
+		}
+	}
+	if err := s.policy.allow(c, images); err != nil {
+		return c, nil, &denial{http.StatusForbidden, err.Error(), err}
+	}
+	requestedAt, subscribers, err := s.publish(r.Context(), images)
+	if err != nil {
+		return c, nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
+	}
+	return c, &accepted{images, formatTime(requestedAt), subscribers}, nil
+}
+
+// bearerToken takes the token out of the one Authorization header (RFC 6750,
+// section 2.1; the scheme in any case, RFC 9110, section 11.1). A token in the
+// query or the body is not looked for.
+func bearerToken(r *http.Request) (string, error) {
+	headers := r.Header.Values("Authorization")
+	if len(headers) != 1 {
+		return "", fmt.Errorf("%d Authorization headers instead of one", len(headers))
+	}
+	scheme, token, ok := strings.Cut(headers[0], " ")
+	if !ok || !strings.EqualFold(scheme, "Bearer") || token == "" {
+		return "", errors.New("the Authorization header is not a bearer token")
+	}
+	return token, nil
+}
+
+// readImages reads the body; its error is a denial that tells the job what to
+// mend.
+func readImages(w http.ResponseWriter, r *http.Request) ([]string, error) {
+	tell := func(status int, err error) error { return &denial{status, err.Error(), err} }
+	types := r.Header.Values("Content-Type")
+	if len(types) != 1 {
+		return nil, tell(http.StatusUnsupportedMediaType, errors.New("expected one header Content-Type: application/json"))
+	}
+	media, params, err := mime.ParseMediaType(types[0])
+	if charset := params["charset"]; err != nil || media != "application/json" || charset != "" && !strings.EqualFold(charset, "utf-8") {
+		return nil, tell(http.StatusUnsupportedMediaType, errors.New("expected Content-Type: application/json"))
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRequestBytes))
+	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
+		return nil, tell(http.StatusRequestEntityTooLarge, fmt.Errorf("the body is larger than %d bytes; send fewer tags", tooLarge.Limit))
+	}
+	if err != nil {
+		return nil, tell(http.StatusBadRequest, errors.New("the body could not be read"))
+	}
+	images, err := parseRequest(body)
+	if err != nil {
+		return nil, tell(http.StatusBadRequest, err)
+	}
+	return images, nil
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false) // plain text for a job's log, never HTML
+	enc.Encode(v)            // a client that is gone cannot be told
+}

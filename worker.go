@@ -1,0 +1,461 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/valkey-io/valkey-go"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/util/workqueue"
+)
+
+const (
+	// fieldManager is recorded in managedFields. Flux strips what a manager
+	// whose name begins with kubectl has set.
+	fieldManager = "kuberollouttrigger"
+
+	// patchTimeout is as long as the API server waits for an admission webhook
+	// by default.
+	patchTimeout = 10 * time.Second
+
+	// A patch that failed is tried again after minBackoff, doubled each time up
+	// to maxBackoff. The first tries are quick because most failures are
+	// conflicts with an update that the watch is about to bring.
+	minBackoff = 10 * time.Millisecond
+	maxBackoff = time.Minute
+	// maxRetryAfter bounds what a Retry-After of the API server is believed.
+	maxRetryAfter = 5 * time.Minute
+
+	// retryWindow is how long a request is retried when WORKER_CATCH_UP is 0.
+	retryWindow = time.Hour
+
+	// catchUpEvery is the period of catch-up while nothing is wrong.
+	catchUpEvery = 30 * time.Second
+	catchUpLimit = 10 * time.Second // for one read
+
+	// clockTolerance is how far Valkey's clock and the API server's may differ
+	// before a Deployment counts as created after a request.
+	clockTolerance = time.Minute
+)
+
+// request is the newest time that an image was asked for.
+type request struct {
+	// at is T: microseconds since 1970 on Valkey's clock.
+	at int64
+	// heard is when worker heard the announcement; zero if it found the request
+	// on record.
+	heard time.Time
+}
+
+// worker restarts what runs an image that was asked for.
+//
+// Announcements and catch-up both end in note, which remembers the newest T of
+// an image and queues the Deployments that run it now. The queue is by
+// Deployment, so that one which cannot be patched holds up no other, and two
+// images of one Deployment are never patched against each other. What a
+// Deployment is owed is worked out when its turn comes, from the cache and the
+// newest T's: nothing is carried over from an earlier try.
+type worker struct {
+	log      *slog.Logger
+	client   dynamic.Interface
+	source   *subscriber
+	cache    *deploymentCache
+	queue    workqueue.TypedRateLimitingInterface[types.NamespacedName]
+	backoff  workqueue.TypedRateLimiter[types.NamespacedName]
+	prefixes imagePrefixes
+	cfg      workerConfig
+	window   time.Duration // how long a request counts
+	now      func() time.Time
+	kick     chan struct{} // asks for a catch-up
+
+	ahead    atomic.Int64          // how far Valkey's clock is ahead of ours, in ns
+	caughtUp atomic.Pointer[error] // why the last catch-up failed; nil: it did not
+
+	mu       sync.Mutex
+	requests map[string]request // by image
+}
+
+func newWorker(cfg workerConfig, prefixes imagePrefixes, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
+	w := &worker{
+		log:      log.With("cluster", cfg.ClusterName),
+		client:   client,
+		source:   source,
+		prefixes: prefixes,
+		cfg:      cfg,
+		window:   cfg.CatchUp,
+		now:      now,
+		kick:     make(chan struct{}, 1),
+		requests: map[string]request{},
+		backoff:  workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](minBackoff, maxBackoff),
+	}
+	w.queue = workqueue.NewTypedRateLimitingQueue(w.backoff)
+	if w.window == 0 {
+		w.window = retryWindow
+	}
+	w.cache = newDeploymentCache(now, w.appeared)
+	return w
+}
+
+// run works until ctx is done, and then finishes the patches in flight; what is
+// still queued is on record for the next worker. Its error is a scope that RBAC
+// forbids.
+func (w *worker) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() { w.source.run(ctx, w.announced, w.catchUpSoon) })
+	if w.cfg.CatchUp > 0 {
+		wg.Go(func() { w.catchUpLoop(ctx) })
+	}
+	var err error
+	wg.Go(func() {
+		defer cancel()
+		err = w.cache.run(ctx, w.client, w.cfg.Namespaces, w.cfg.Selector)
+	})
+	wg.Go(func() {
+		w.awaitSync(ctx)
+		for range w.cfg.Concurrency {
+			wg.Go(func() { w.patchLoop(ctx) })
+		}
+		<-ctx.Done()
+		w.queue.ShutDown()
+	})
+	wg.Wait()
+	return err
+}
+
+// ready is nil while the cache is synced and nothing that is asked for can be
+// missed.
+func (w *worker) ready() error {
+	if !w.cache.synced() {
+		return fmt.Errorf("deployments are not listed yet")
+	}
+	if err := w.source.ready(); err != nil {
+		return err
+	}
+	if err := w.caughtUp.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// awaitSync returns when all scopes have been listed: before that, a look-up
+// would find too little.
+func (w *worker) awaitSync(ctx context.Context) {
+	for ctx.Err() == nil && !w.cache.synced() {
+		sleep(ctx, 10*time.Millisecond)
+	}
+	if ctx.Err() == nil {
+		w.log.Info("deployments listed")
+	}
+}
+
+// clock is Valkey's clock, as the last catch-up saw it.
+func (w *worker) clock() time.Time {
+	return w.now().Add(time.Duration(w.ahead.Load()))
+}
+
+// announced takes a message of the PubSub channel. It does not block.
+func (w *worker) announced(message string) {
+	e, err := parseEvent([]byte(message))
+	if err == nil && !w.prefixes.allows(e.Image) {
+		err = fmt.Errorf("image %s is not under ALLOWED_IMAGE_PREFIX", e.Image)
+	}
+	if err != nil {
+		w.log.Warn("message ignored", "err", err)
+		return
+	}
+	if e.RequestedAt == 0 { // typed by hand
+		e.RequestedAt = w.clock().UnixMicro()
+	}
+	w.note(e, w.now())
+}
+
+// note remembers a request and queues the Deployments that run its image. The
+// same T does nothing the second time, except that an announcement counts for
+// more than a record.
+func (w *worker) note(e event, heard time.Time) {
+	w.mu.Lock()
+	before := w.requests[e.Image]
+	if e.RequestedAt < before.at || e.RequestedAt == before.at && (heard.IsZero() || !before.heard.IsZero()) {
+		w.mu.Unlock()
+		return
+	}
+	w.requests[e.Image] = request{e.RequestedAt, heard}
+	w.mu.Unlock()
+
+	running := w.cache.running(e.Image)
+	level := slog.LevelInfo
+	if heard.IsZero() && len(running) == 0 {
+		level = slog.LevelDebug // a record may hold thousands that run elsewhere
+	}
+	w.log.Log(context.Background(), level, "requested", "image", e.Image, "requested_at", formatTime(e.RequestedAt),
+		"announced", !heard.IsZero(), "matched", len(running))
+	for _, d := range running {
+		if pinned, _ := d.image(e.Image); pinned {
+			w.log.Info("not restarted", "reason", "pinned by digest", "namespace", d.Namespace, "deployment", d.Name,
+				"image", e.Image, "requested_at", formatTime(e.RequestedAt))
+			continue
+		}
+		w.queue.Add(d.key())
+	}
+}
+
+// appeared queues a Deployment that is new to the cache, or resumed, if any of
+// its images was asked for.
+func (w *worker) appeared(d *deployment) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, image := range d.images {
+		if _, ok := w.requests[image.ref]; ok && !image.pinned {
+			w.queue.Add(d.key())
+			return
+		}
+	}
+}
+
+// catchUpSoon asks for a catch-up. It does not block.
+func (w *worker) catchUpSoon() {
+	select {
+	case w.kick <- struct{}{}:
+	default: // one is due already
+	}
+}
+
+// catchUpLoop reads the record after each confirmed subscription and every
+// catchUpEvery, until ctx is done. PubSub forgets what nobody heard; the record
+// does not.
+func (w *worker) catchUpLoop(ctx context.Context) {
+	tick := time.NewTicker(catchUpEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-w.kick:
+		case <-tick.C:
+		}
+		for {
+			err := w.catchUp(ctx)
+			if ctx.Err() != nil {
+				return
+			}
+			if err == nil {
+				w.caughtUp.Store(nil)
+				break
+			}
+			if before := w.caughtUp.Swap(&err); before == nil || (*before).Error() != err.Error() {
+				w.log.Warn("catch-up failed, trying again", "err", err)
+			}
+			// Valkey, just restarted, confirms subscriptions while reads still
+			// answer LOADING.
+			sleep(ctx, retryDelay(err))
+		}
+	}
+}
+
+// catchUp notes what is on record within the window. It does so image by image,
+// never by one mark for all, below which a late entry would fall.
+func (w *worker) catchUp(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, catchUpLimit)
+	defer cancel()
+	entries, clock, err := w.source.recorded(ctx, w.window)
+	if err != nil {
+		return err
+	}
+	w.ahead.Store(int64(clock.Sub(w.now())))
+	w.forget(clock)
+	for _, entry := range entries {
+		w.found(entry)
+	}
+	w.log.Debug("caught up", "recorded", len(entries))
+	return nil
+}
+
+// found notes one recorded request, trusted no more than a message.
+func (w *worker) found(entry valkey.ZScore) {
+	image, err := parseImage(entry.Member)
+	if err != nil || !w.prefixes.allows(image) {
+		w.log.Debug("recorded request ignored", "image", cut(entry.Member))
+		return
+	}
+	w.note(event{image, int64(entry.Score)}, time.Time{})
+}
+
+// forget drops requests that no longer count, so that memory is bounded by what
+// was asked for within the window.
+func (w *worker) forget(clock time.Time) {
+	oldest := clock.Add(-w.window).UnixMicro()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for image, r := range w.requests {
+		// One that cannot be delivered is kept a little longer, so that it is
+		// given up, and said to be, when its turn comes.
+		if r.at < oldest-2*maxRetryAfter.Microseconds() {
+			delete(w.requests, image)
+		}
+	}
+}
+
+// patchLoop works off the queue until ctx is done.
+func (w *worker) patchLoop(ctx context.Context) {
+	for ctx.Err() == nil {
+		key, shutdown := w.queue.Get()
+		if shutdown {
+			return
+		}
+		if ctx.Err() == nil {
+			w.reconcile(ctx, key)
+		}
+		w.queue.Done(key)
+	}
+}
+
+// reconcile gives one Deployment the restart that it is owed, if any.
+func (w *worker) reconcile(ctx context.Context, key types.NamespacedName) {
+	d := w.cache.get(key)
+	if d == nil {
+		w.queue.Forget(key)
+		return
+	}
+	image, r, v := w.owed(d)
+	log := w.log.With("namespace", d.Namespace, "deployment", d.Name, "image", image, "requested_at", formatTime(r.at))
+	switch v {
+	case verdictSatisfied:
+		w.queue.Forget(key)
+	case verdictDeleting, verdictPaused:
+		log.Info("not restarted", "reason", v.String())
+		w.queue.Forget(key)
+	case verdictExpired:
+		if w.queue.NumRequeues(key) > 0 {
+			log.Error("gave up: the restart failed until the request was too old", "window", w.window.String())
+		}
+		w.queue.Forget(key)
+	case verdictRestart:
+		// A patch that is on its way when worker is stopped is finished.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
+		defer cancel()
+		w.settle(key, log, d, image, w.patch(ctx, d, r.at))
+	}
+}
+
+// settle logs the outcome of a patch and queues the Deployment again if it has
+// to be tried again.
+func (w *worker) settle(key types.NamespacedName, log *slog.Logger, d *deployment, image string, err error) {
+	switch {
+	case err == nil:
+		if _, cachedBy := d.image(image); cachedBy != "" {
+			log.Warn("restarted", "warning", fmt.Sprintf("imagePullPolicy %s: a node that has the image will not pull it again; set it to Always", cachedBy))
+		} else {
+			log.Info("restarted")
+		}
+		w.queue.Forget(key)
+	case apierrors.IsNotFound(err): // deleted meanwhile
+		w.queue.Forget(key)
+	case apierrors.IsConflict(err):
+		// Somebody was faster, perhaps another worker. The watch brings what
+		// they did.
+		log.Debug("changed meanwhile, looking again")
+		w.queue.AddRateLimited(key)
+	default:
+		log.Warn("restart failed, trying again", "err", err, "tries", w.queue.NumRequeues(key)+1)
+		delay := w.backoff.When(key)
+		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
+			delay = max(delay, min(time.Duration(seconds)*time.Second, maxRetryAfter))
+		}
+		w.queue.AddAfter(key, delay)
+	}
+}
+
+// owed returns what d is owed: the newest request for one of its images that
+// it has not restarted for, and what is to be done about it.
+func (w *worker) owed(d *deployment) (image string, r request, v verdict) {
+	clock := w.clock()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, c := range d.images {
+		candidate, ok := w.requests[c.ref]
+		if !ok || c.pinned || candidate.at <= r.at {
+			continue
+		}
+		if verdict := decide(d, candidate, clock, w.window); verdict != verdictSatisfied {
+			image, r, v = c.ref, candidate, verdict
+		}
+	}
+	return image, r, v
+}
+
+// verdict is what a request means for a Deployment.
+type verdict int
+
+const (
+	verdictSatisfied verdict = iota
+	verdictRestart
+	verdictPaused
+	verdictDeleting
+	verdictExpired
+)
+
+func (v verdict) String() string {
+	return [...]string{"satisfied", "restart", "paused", "being deleted", "expired"}[v]
+}
+
+// decide is the one rule for announcements, catch-up and retries alike. clock is
+// Valkey's.
+func decide(d *deployment, r request, clock time.Time, window time.Duration) verdict {
+	at := time.UnixMicro(r.at)
+	switch {
+	case restartedSince(d.restartedAt, at, clock):
+		return verdictSatisfied
+	case at.Before(clock.Add(-window)):
+		return verdictExpired
+	// A Deployment that was there when the request was announced is restarted
+	// whatever the clocks say. One that came later, or a request that was found
+	// on record, is judged by when the Deployment was created.
+	case (r.heard.IsZero() || d.known.After(r.heard)) && d.CreationTimestamp.After(at.Add(clockTolerance)):
+		return verdictSatisfied
+	case d.DeletionTimestamp != nil:
+		return verdictDeleting
+	case d.paused:
+		return verdictPaused
+	}
+	return verdictRestart
+}
+
+// restartedSince says whether a restartedAt annotation proves a restart at or
+// after at. In exactly our form it was written by a worker, on Valkey's clock.
+// Anything else came from somebody's own clock; one that is ahead proves
+// nothing.
+func restartedSince(restartedAt string, at, clock time.Time) bool {
+	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
+		return !own.Before(at)
+	}
+	foreign, err := time.Parse(time.RFC3339, restartedAt)
+	return err == nil && !foreign.Before(at) && !foreign.After(clock)
+}
+
+// patch restarts d as `kubectl rollout restart` does, and changes nothing else.
+// Since restartedAt is T, any number of workers send the same patch. The
+// resourceVersion makes the API server refuse one that was worked out from an
+// outdated record, so that a slow worker never puts an older T over a newer one.
+func (w *worker) patch(ctx context.Context, d *deployment, at int64) error {
+	type m = map[string]any
+	body, err := json.Marshal(m{
+		"metadata": m{"resourceVersion": d.ResourceVersion},
+		"spec":     m{"template": m{"metadata": m{"annotations": m{restartedAtAnnotation: formatTime(at)}}}},
+	})
+	if err != nil {
+		return fmt.Errorf("encoding the patch: %w", err)
+	}
+	_, err = w.client.Resource(deploymentsResource).Namespace(d.Namespace).
+		Patch(ctx, d.Name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager})
+	return err
+}

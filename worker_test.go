@@ -1,0 +1,633 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/alicebob/miniredis/v2"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const apiDev = "ghcr.io/acme/api:dev"
+
+// logBuffer collects log lines of several goroutines.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// has says whether one line holds all the parts.
+func (b *logBuffer) has(parts ...string) bool {
+	for line := range strings.Lines(b.String()) {
+		all := true
+		for _, part := range parts {
+			all = all && strings.Contains(line, part)
+		}
+		if all {
+			return true
+		}
+	}
+	return false
+}
+
+// testWorker is a real worker on a real Valkey protocol and a strict API.
+type testWorker struct {
+	*worker
+	t      *testing.T
+	kube   *kubeAPI
+	valkey *miniredis.Miniredis
+	logs   *logBuffer
+	pub    *publisher
+	stop   func() error // stops it and returns what run returned
+}
+
+func testValkey(t *testing.T) (*miniredis.Miniredis, valkeyConfig) {
+	t.Helper()
+	m := miniredis.RunT(t)
+	return m, valkeyConfig{Addr: m.Addr(), Channel: "krt"}
+}
+
+func startTestWorker(t *testing.T, kube *kubeAPI, adjust ...func(*workerConfig)) *testWorker {
+	t.Helper()
+	m, cfg := testValkey(t)
+	w := startWorkerOn(t, kube, m, cfg, adjust...)
+	eventually(t, "worker is ready", func() bool { return w.ready() == nil })
+	return w
+}
+
+func startWorkerOn(t *testing.T, kube *kubeAPI, m *miniredis.Miniredis, cfg valkeyConfig, adjust ...func(*workerConfig)) *testWorker {
+	t.Helper()
+	logs := &logBuffer{}
+	log := slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	source, err := newSubscriber(cfg, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub, err := newPublisher(cfg, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wc := workerConfig{CatchUp: time.Hour, Concurrency: 4, ClusterName: "test"}
+	for _, f := range adjust {
+		f(&wc)
+	}
+	prefixes, err := parseImagePrefixes("ghcr.io/acme")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &testWorker{worker: newWorker(wc, prefixes, kube.client(), source, log, time.Now), t: t, kube: kube, valkey: m, logs: logs, pub: pub}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.run(ctx) }()
+	var once sync.Once
+	w.stop = func() (err error) {
+		once.Do(func() {
+			cancel()
+			select {
+			case err = <-done:
+			case <-time.After(15 * time.Second):
+				err = errors.New("worker did not stop")
+			}
+			source.close()
+			pub.close()
+		})
+		return err
+	}
+	t.Cleanup(func() {
+		w.stop()
+		if t.Failed() {
+			t.Logf("worker's log:\n%s", logs)
+		}
+	})
+	return w
+}
+
+// publish asks for images as web does and returns restartedAt.
+func (w *testWorker) publish(images ...string) string {
+	w.t.Helper()
+	at, _, err := w.pub.publish(w.t.Context(), images)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return formatTime(at)
+}
+
+func (w *testWorker) awaitRestart(key, at string) {
+	w.t.Helper()
+	eventually(w.t, key+" has restartedAt "+at, func() bool { return w.kube.restartedAt(key) == at })
+}
+
+// settled waits until the worker has nothing left to do.
+func (w *testWorker) settled() {
+	w.t.Helper()
+	w.kube.create("ghcr-probe/probe", spec{image: "ghcr.io/acme/probe:dev"})
+	eventually(w.t, "the probe is known", func() bool { return len(w.cache.running("ghcr.io/acme/probe:dev")) == 1 })
+	w.awaitRestart("ghcr-probe/probe", w.publish("ghcr.io/acme/probe:dev"))
+	eventually(w.t, "the queue is empty", func() bool { return w.queue.Len() == 0 })
+}
+
+func TestRestartsWhatRunsTheImage(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/container", spec{image: apiDev})
+	kube.create("b/init", spec{image: "nginx", init: apiDev})
+	kube.create("c/volume", spec{image: "nginx", volume: apiDev})
+	kube.create("d/other-tag", spec{image: "ghcr.io/acme/api:main"})
+	kube.create("d/other-name", spec{image: "ghcr.io/acme/api-gateway:dev"})
+	kube.create("d/pinned", spec{image: apiDev + "@sha256:" + strings.Repeat("a", 64)})
+	kube.create("d/deleting", spec{image: apiDev, deleting: true})
+	w := startTestWorker(t, kube)
+
+	at := w.publish(apiDev)
+	for _, key := range []string{"a/container", "b/init", "c/volume"} {
+		w.awaitRestart(key, at)
+	}
+	w.settled()
+	for _, call := range kube.patchesOf("") {
+		if strings.HasPrefix(call.key, "d/") {
+			t.Errorf("%s was patched: %s", call.key, call.body)
+		}
+	}
+	calls := kube.patchesOf("a/container")
+	if len(calls) != 1 {
+		t.Fatalf("a/container was patched %d times", len(calls))
+	}
+	want := `{"metadata":{"resourceVersion":"101"},"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"` + at + `"}}}}}`
+	if calls[0].body != want || calls[0].query != "fieldManager=kuberollouttrigger" {
+		t.Errorf("patch ?%s\n got %s\nwant %s", calls[0].query, calls[0].body, want)
+	}
+	for _, reason := range []string{"pinned by digest", "being deleted"} {
+		if !w.logs.has(`"msg":"not restarted"`, reason, `"image":"`+apiDev+`"`, at) {
+			t.Errorf("no log line says %q", reason)
+		}
+	}
+	if !w.logs.has(`"level":"INFO"`, `"msg":"restarted"`, `"namespace":"a"`, `"deployment":"container"`, `"cluster":"test"`, at) {
+		t.Error("no log line for the restart")
+	}
+}
+
+func TestCanonicalMatching(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/short", spec{image: "nginx"})
+	kube.create("a/host", spec{image: "docker.io/nginx:latest"})
+	kube.create("a/index", spec{image: "index.docker.io/library/nginx"})
+	w := startTestWorker(t, kube)
+	w.prefixes = imagePrefixes{"docker.io/library"}
+	at := w.publish("docker.io/library/nginx:latest")
+	for _, key := range []string{"a/short", "a/host", "a/index"} {
+		w.awaitRestart(key, at)
+	}
+}
+
+func TestPullPolicyWarning(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/cached", spec{image: apiDev, policy: "IfNotPresent"})
+	w := startTestWorker(t, kube)
+	w.awaitRestart("a/cached", w.publish(apiDev))
+	eventually(t, "the warning is logged", func() bool {
+		return w.logs.has(`"level":"WARN"`, `"msg":"restarted"`, "imagePullPolicy IfNotPresent")
+	})
+}
+
+func TestPausedIsDeferred(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/paused", spec{image: apiDev, paused: true})
+	w := startTestWorker(t, kube)
+	at := w.publish(apiDev)
+	eventually(t, "the pause is logged", func() bool { return w.logs.has(`"msg":"not restarted"`, `"reason":"paused"`, at) })
+	w.settled()
+	if n := len(kube.patchesOf("a/paused")); n != 0 {
+		t.Fatalf("a paused Deployment was patched %d times", n)
+	}
+	kube.change("a/paused", func(o map[string]any) { child(o, "spec")["paused"] = false })
+	w.awaitRestart("a/paused", at)
+}
+
+// A Deployment that nobody heard of in time is owed the restart all the same.
+func TestNewToTheCache(t *testing.T) {
+	kube := newKubeAPI(t)
+	w := startTestWorker(t, kube)
+	at := w.publish(apiDev)
+	eventually(t, "the request is known", func() bool { return w.logs.has(`"msg":"requested"`, at) })
+
+	kube.create("a/seen-late", spec{image: apiDev, created: time.Now().Add(-time.Hour)})
+	w.awaitRestart("a/seen-late", at)
+
+	kube.create("a/created-later", spec{image: apiDev, created: time.Now().Add(2 * time.Minute)})
+	w.settled()
+	if n := len(kube.patchesOf("a/created-later")); n != 0 {
+		t.Errorf("a Deployment created after the request was patched %d times", n)
+	}
+
+	// A watch that was broken is made up for by the relist.
+	kube.changeUnseen(func() {
+		kube.store("a/unseen", spec{image: apiDev}.object("a/unseen", "u"), "ADDED")
+	})
+	kube.breakWatches()
+	w.awaitRestart("a/unseen", at)
+}
+
+// Removing the annotation, as GitOps tools do, triggers nothing: not by itself,
+// and not when the watch is broken and the catch-up is read again.
+func TestGitOpsIsNotFought(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	w := startTestWorker(t, kube)
+	w.awaitRestart("a/api", w.publish(apiDev))
+	kube.change("a/api", func(o map[string]any) {
+		delete(child(child(child(o, "spec"), "template"), "metadata"), "annotations")
+	})
+	kube.mu.Lock()
+	lists := kube.lists + len(kube.watchers)
+	kube.mu.Unlock()
+	kube.breakWatches()
+	eventually(t, "the watch is back", func() bool {
+		kube.mu.Lock()
+		defer kube.mu.Unlock()
+		return lists > 0 && len(kube.watchers) > 0
+	})
+	w.catchUpSoon()
+	w.settled()
+	if n := len(kube.patchesOf("a/api")); n != 1 {
+		t.Errorf("patched %d times instead of once", n)
+	}
+}
+
+func TestCatchUp(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	kube.create("a/web", spec{image: "ghcr.io/acme/web:dev"})
+	m, cfg := testValkey(t)
+	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pub.close()
+	at, heard, err := pub.publish(t.Context(), []string{apiDev})
+	if err != nil || heard != 0 {
+		t.Fatalf("published to %d subscribers, %v", heard, err)
+	}
+	// Out of the window, of another prefix, and no reference at all.
+	m.ZAdd("krt:requested", float64(time.Now().Add(-2*time.Hour).UnixMicro()), "ghcr.io/acme/web:dev")
+	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), "docker.io/library/nginx:latest")
+	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), "NOT A REFERENCE")
+
+	w := startWorkerOn(t, kube, m, cfg)
+	w.awaitRestart("a/api", formatTime(at))
+	w.settled()
+	if n := len(kube.patchesOf("a/web")); n != 0 {
+		t.Errorf("what was asked for before the window was patched %d times", n)
+	}
+	for range 3 {
+		w.catchUpSoon()
+		w.settled()
+	}
+	if n := len(kube.patchesOf("a/api")); n != 1 {
+		t.Errorf("caught up %d times instead of once", n)
+	}
+}
+
+// WORKER_CATCH_UP=0 reads nothing back.
+func TestNoCatchUp(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	m, cfg := testValkey(t)
+	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), apiDev)
+	w := startWorkerOn(t, kube, m, cfg, func(c *workerConfig) { c.CatchUp = 0 })
+	eventually(t, "worker is ready", func() bool { return w.ready() == nil })
+	w.settled()
+	if n := len(kube.patchesOf("a/api")); n != 0 {
+		t.Errorf("patched %d times", n)
+	}
+}
+
+func TestFailedPatchIsRetried(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	kube.create("a/broken", spec{image: apiDev})
+	var mu sync.Mutex
+	answers := []int{500, 409, 503, 422, 403}
+	broken := true
+	kube.onPatch = func(call patchCall) (int, http.Header) {
+		mu.Lock()
+		defer mu.Unlock()
+		if call.key == "a/broken" && broken {
+			return 500, nil
+		}
+		if call.key == "a/api" && len(answers) > 0 {
+			code := answers[0]
+			answers = answers[1:]
+			return code, nil
+		}
+		return 0, nil
+	}
+	w := startTestWorker(t, kube)
+	at := w.publish(apiDev)
+	w.awaitRestart("a/api", at) // whatever becomes of a/broken
+	if n := len(kube.patchesOf("a/api")); n != 6 {
+		t.Errorf("a/api was patched %d times instead of 6", n)
+	}
+	if !w.logs.has(`"msg":"restart failed, trying again"`, `"deployment":"broken"`) {
+		t.Error("the failure is not logged")
+	}
+	mu.Lock()
+	broken = false
+	mu.Unlock()
+	w.awaitRestart("a/broken", at)
+}
+
+// A 429 is not answered with more load before its Retry-After is over.
+func TestRetryAfter(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	var mu sync.Mutex
+	var times []time.Time
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		mu.Lock()
+		defer mu.Unlock()
+		times = append(times, time.Now())
+		if len(times) == 1 {
+			return 429, http.Header{"Retry-After": {"1"}}
+		}
+		return 0, nil
+	}
+	w := startTestWorker(t, kube)
+	w.awaitRestart("a/api", w.publish(apiDev))
+	mu.Lock()
+	defer mu.Unlock()
+	if len(times) != 2 || times[1].Sub(times[0]) < time.Second {
+		t.Errorf("patched at %v, with Retry-After: 1", times)
+	}
+}
+
+// The newer T wins, whatever order the two arrive in.
+func TestNewerRequestWins(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/both", spec{image: apiDev, init: "ghcr.io/acme/init:dev"})
+	w := startTestWorker(t, kube)
+	now := time.Now().UnixMicro()
+	newer := fmt.Sprintf(`{"image":"ghcr.io/acme/init:dev","requestedAt":%d}`, now)
+	older := fmt.Sprintf(`{"image":%q,"requestedAt":%d}`, apiDev, now-1000)
+	w.valkey.Publish("krt", newer)
+	w.awaitRestart("a/both", formatTime(now))
+	eventually(t, "the cache knows", func() bool { return w.cache.running(apiDev)[0].restartedAt == formatTime(now) })
+	w.valkey.Publish("krt", older)
+	w.settled()
+	if n := len(kube.patchesOf("a/both")); n != 1 || kube.restartedAt("a/both") != formatTime(now) {
+		t.Errorf("patched %d times, restartedAt %s", n, kube.restartedAt("a/both"))
+	}
+}
+
+// A worker that works from an outdated record is refused by the API server, and
+// does not put an older T over a newer one.
+func TestOutdatedRecord(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	newer := formatTime(time.Now().Add(time.Second).UnixMicro())
+	overtaken := false
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		if !overtaken { // another worker is faster by a hair
+			overtaken = true
+			kube.change("a/api", func(o map[string]any) {
+				child(child(o, "spec"), "template")["metadata"] = map[string]any{"annotations": map[string]any{restartedAtAnnotation: newer}}
+			})
+		}
+		return 0, nil
+	}
+	w := startTestWorker(t, kube)
+	w.publish(apiDev)
+	eventually(t, "it looks again", func() bool { return w.logs.has("changed meanwhile", `"deployment":"api"`) })
+	w.settled()
+	if at := kube.restartedAt("a/api"); at != newer {
+		t.Errorf("restartedAt is %s; the newer %s was overwritten", at, newer)
+	}
+}
+
+func TestHandWrittenMessageMeansNow(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	w := startTestWorker(t, kube)
+	before := time.Now()
+	w.valkey.Publish("krt", `{"image":"ghcr.io/acme/api:dev"}`)
+	eventually(t, "it is restarted", func() bool { return kube.restartedAt("a/api") != "" })
+	at, err := time.Parse(restartedAtLayout, kube.restartedAt("a/api"))
+	if err != nil || at.Before(before.Add(-time.Second)) || at.After(time.Now().Add(time.Second)) {
+		t.Errorf("restartedAt %s", kube.restartedAt("a/api"))
+	}
+}
+
+// Valkey is a trust boundary: what is not as web would have sent it is ignored.
+func TestHostileMessages(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	kube.create("a/nginx", spec{image: "nginx"})
+	w := startTestWorker(t, kube)
+	for _, message := range []string{
+		``, `null`, `{}`, `[]`, `"x"`, `{"image":1}`, `{"IMAGE":"ghcr.io/acme/api:dev"}`,
+		`{"image":"ghcr.io/acme/api:dev","image":"ghcr.io/acme/api:dev"}`,
+		`{"image":"ghcr.io/acme/api:dev"} {}`, `{"image":"ghcr.io/acme/api:dev","x":1}`,
+		`{"image":"ghcr.io/acme/api:dev","requestedAt":-1}`, `{"image":"ghcr.io/acme/api:dev","requestedAt":1.5}`,
+		`{"image":"ghcr.io/acme/api:dev","requestedAt":"1"}`, `{"image":"ghcr.io/acme/api:dev","requestedAt":99999999999999999999}`,
+		`{"image":"nginx:latest"}`, `{"image":"ghcr.io/acme/api"}`, `{"image":"ghcr.io/acme/../evil:dev"}`,
+		"{\"image\":\"ghcr.io/acme/api:dev\xff\"}", `{"image":"` + strings.Repeat("a", 2000) + `"}`,
+	} {
+		w.valkey.Publish("krt", message)
+	}
+	w.settled()
+	for _, key := range []string{"a/api", "a/nginx"} {
+		if calls := kube.patchesOf(key); len(calls) > 0 {
+			t.Errorf("%s was patched: %v", key, calls)
+		}
+	}
+	if n := strings.Count(w.logs.String(), `"msg":"message ignored"`); n != 19 {
+		t.Errorf("%d of 19 messages are logged as ignored", n)
+	}
+}
+
+func TestNamespacesAndSelector(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	kube.create("b/api", spec{image: apiDev})
+	kube.create("c/api", spec{image: apiDev})
+	w := startTestWorker(t, kube, func(c *workerConfig) { c.Namespaces = []string{"a", "b", "ghcr-probe"} })
+	at := w.publish(apiDev)
+	w.awaitRestart("a/api", at)
+	w.awaitRestart("b/api", at)
+	w.settled()
+	if n := len(kube.patchesOf("c/api")); n != 0 {
+		t.Errorf("a Deployment out of scope was patched %d times", n)
+	}
+}
+
+func TestForbiddenScope(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.forbid = func(_, namespace string) bool { return namespace == "b" }
+	m, cfg := testValkey(t)
+	w := startWorkerOn(t, kube, m, cfg, func(c *workerConfig) { c.Namespaces = []string{"a", "b"} })
+	eventually(t, "the worker gives up", w.queue.ShuttingDown)
+	err := w.stop()
+	for _, part := range []string{"RBAC forbids", "watch deployments.apps", "namespace b"} {
+		if err == nil || !strings.Contains(err.Error(), part) {
+			t.Errorf("error %v does not say %q", err, part)
+		}
+	}
+}
+
+// A patch that is on its way when worker is stopped is finished, and what was
+// not begun is left to the next worker.
+func TestStopFinishesThePatchInFlight(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/first", spec{image: apiDev})
+	kube.create("a/second", spec{image: apiDev})
+	arrived, release := make(chan string, 2), make(chan struct{})
+	kube.onPatch = func(call patchCall) (int, http.Header) {
+		arrived <- call.key
+		<-release
+		return 0, nil
+	}
+	w := startTestWorker(t, kube, func(c *workerConfig) { c.Concurrency = 1 })
+	at := w.publish(apiDev)
+	inFlight := <-arrived
+	stopped := make(chan error)
+	go func() { stopped <- w.stop() }()
+	eventually(t, "the queue is shut down", func() bool { return w.queue.ShuttingDown() })
+	close(release)
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
+	if kube.restartedAt(inFlight) != at {
+		t.Errorf("the patch of %s was cut off", inFlight)
+	}
+	if n := len(kube.patchesOf("")); n != 1 {
+		t.Errorf("%d patches were sent, 1 was in flight", n)
+	}
+	kube.mu.Lock()
+	kube.onPatch = nil
+	kube.mu.Unlock()
+	startWorkerOn(t, kube, w.valkey, valkeyConfig{Addr: w.valkey.Addr(), Channel: "krt"})
+	for _, key := range []string{"a/first", "a/second"} {
+		w.awaitRestart(key, at)
+		if n := len(kube.patchesOf(key)); n != 1 {
+			t.Errorf("%s was patched %d times", key, n)
+		}
+	}
+}
+
+func TestGiveUp(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	kube.onPatch = func(patchCall) (int, http.Header) { return 500, nil }
+	w := startTestWorker(t, kube)
+	at := w.publish(apiDev)
+	eventually(t, "it failed", func() bool { return len(kube.patchesOf("a/api")) > 3 })
+	w.ahead.Store(int64(61 * time.Minute)) // an hour passes
+	eventually(t, "it is given up", func() bool { return w.logs.has(`"level":"ERROR"`, "gave up", `"deployment":"api"`, at) })
+	tries := len(kube.patchesOf("a/api"))
+	time.Sleep(50 * time.Millisecond)
+	if n := len(kube.patchesOf("a/api")); n != tries {
+		t.Error("it is still patched")
+	}
+}
+
+func TestForgetBoundsMemory(t *testing.T) {
+	w := startTestWorker(t, newKubeAPI(t))
+	now := time.Now()
+	w.note(event{apiDev, now.Add(-3 * time.Hour).UnixMicro()}, time.Time{})
+	w.note(event{"ghcr.io/acme/web:dev", now.UnixMicro()}, time.Time{})
+	w.forget(now)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, ok := w.requests["ghcr.io/acme/web:dev"]; !ok || len(w.requests) != 1 {
+		t.Errorf("kept %v", w.requests)
+	}
+}
+
+func TestDecide(t *testing.T) {
+	clock := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	at := clock.Add(-10 * time.Minute)
+	local := func(d time.Duration) time.Time { return time.Unix(1000, 0).Add(d) } // worker's own clock
+	ours := func(d time.Duration) string { return formatTime(at.Add(d).UnixMicro()) }
+	foreign := func(d time.Duration) string { return at.Add(d).Format(time.RFC3339) }
+	const message, catchUp = true, false
+	for _, tt := range []struct {
+		name        string
+		announced   bool
+		restartedAt string
+		created     time.Duration // after T
+		known       time.Duration // after the request was heard
+		paused      bool
+		deleting    bool
+		age         time.Duration // of the request, if not ten minutes
+		want        verdict
+	}{
+		{name: "message, never restarted", announced: message, created: -time.Hour, known: -1, want: verdictRestart},
+		{name: "catch-up, never restarted", announced: catchUp, created: -time.Hour, want: verdictRestart},
+		{name: "ours before T", announced: message, restartedAt: ours(-time.Microsecond), created: -time.Hour, known: -1, want: verdictRestart},
+		{name: "ours equal to T: a retry", announced: message, restartedAt: ours(0), created: -time.Hour, known: -1, want: verdictSatisfied},
+		{name: "ours after T: an older T never undoes a newer one", announced: message, restartedAt: ours(time.Microsecond), created: -time.Hour, known: -1, want: verdictSatisfied},
+		{name: "ours in the future is on Valkey's clock", announced: catchUp, restartedAt: ours(time.Hour), created: -time.Hour, want: verdictSatisfied},
+		{name: "foreign before T", announced: message, restartedAt: foreign(-time.Second), created: -time.Hour, known: -1, want: verdictRestart},
+		{name: "foreign equal to T", announced: catchUp, restartedAt: foreign(0), created: -time.Hour, want: verdictSatisfied},
+		{name: "foreign between T and now", announced: message, restartedAt: foreign(time.Minute), created: -time.Hour, known: -1, want: verdictSatisfied},
+		{name: "foreign now", announced: message, restartedAt: foreign(10 * time.Minute), created: -time.Hour, known: -1, want: verdictSatisfied},
+		{name: "foreign from the future proves nothing", announced: message, restartedAt: foreign(10*time.Minute + time.Second), created: -time.Hour, known: -1, want: verdictRestart},
+		{name: "foreign from the future, catch-up", announced: catchUp, restartedAt: foreign(time.Hour), created: -time.Hour, want: verdictRestart},
+		{name: "foreign with an offset", announced: catchUp, restartedAt: at.In(time.FixedZone("", 3600)).Add(time.Minute).Format(time.RFC3339), created: -time.Hour, want: verdictSatisfied},
+		{name: "milliseconds are not our form", announced: catchUp, restartedAt: at.Add(time.Hour).Format("2006-01-02T15:04:05.000Z"), created: -time.Hour, want: verdictRestart},
+		{name: "microseconds with an offset are not our form", announced: catchUp, restartedAt: at.Add(time.Hour).Format("2006-01-02T15:04:05.000000") + "+00:00", created: -time.Hour, want: verdictRestart},
+		{name: "garbage", announced: message, restartedAt: "yesterday", created: -time.Hour, known: -1, want: verdictRestart},
+		{name: "message, created just after T by the API server's clock", announced: message, created: 30 * time.Second, known: -1, want: verdictRestart},
+		{name: "message, created long after T by the API server's clock", announced: message, created: time.Hour, known: -1, want: verdictRestart},
+		{name: "message, but the Deployment came later, created just after T", announced: message, created: 59 * time.Second, known: 1, want: verdictRestart},
+		{name: "message, but the Deployment came later, created long after T", announced: message, created: 61 * time.Second, known: 1, want: verdictSatisfied},
+		{name: "catch-up, created before T", announced: catchUp, created: -time.Second, want: verdictRestart},
+		{name: "catch-up, created a minute after T", announced: catchUp, created: time.Minute, want: verdictRestart},
+		{name: "catch-up, created long after T", announced: catchUp, created: 61 * time.Second, want: verdictSatisfied},
+		{name: "paused", announced: message, created: -time.Hour, known: -1, paused: true, want: verdictPaused},
+		{name: "paused, restarted already", announced: message, restartedAt: ours(0), created: -time.Hour, known: -1, paused: true, want: verdictSatisfied},
+		{name: "deleted", announced: message, created: -time.Hour, known: -1, deleting: true, want: verdictDeleting},
+		{name: "deleted while paused", announced: message, created: -time.Hour, known: -1, deleting: true, paused: true, want: verdictDeleting},
+		{name: "at the edge of the window", announced: message, created: -9 * time.Hour, known: -1, age: time.Hour, want: verdictRestart},
+		{name: "out of the window", announced: message, created: -9 * time.Hour, known: -1, age: time.Hour + 1000, want: verdictExpired},
+		{name: "out of the window and paused", announced: message, created: -9 * time.Hour, known: -1, age: 2 * time.Hour, paused: true, want: verdictExpired},
+		{name: "Valkey's clock went back", announced: message, created: -9 * time.Hour, known: -1, age: -time.Hour, want: verdictRestart},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			requested := at
+			if tt.age != 0 {
+				requested = clock.Add(-tt.age)
+			}
+			d := &deployment{ObjectMeta: metav1.ObjectMeta{CreationTimestamp: metav1.NewTime(at.Add(tt.created))},
+				restartedAt: tt.restartedAt, paused: tt.paused, known: local(tt.known)}
+			if tt.deleting {
+				d.DeletionTimestamp = &metav1.Time{Time: clock}
+			}
+			r := request{at: requested.UnixMicro()}
+			if tt.announced {
+				r.heard = local(0)
+			}
+			if got := decide(d, r, clock, time.Hour); got != tt.want {
+				t.Errorf("%s, want %s", got, tt.want)
+			}
+		})
+	}
+}
