@@ -31,6 +31,7 @@ type kubeAPI struct {
 	objects  map[string]map[string]any // by namespace/name
 	watchers map[chan watchEvent]string
 	patches  []patchCall
+	applied  map[string][]string // the restartedAt values that patches changed it to
 	lists    int
 
 	// onPatch may answer a patch itself; nil, or a status of 0, lets it through.
@@ -51,7 +52,7 @@ type watchEvent struct {
 }
 
 func newKubeAPI(t *testing.T) *kubeAPI {
-	k := &kubeAPI{t: t, rv: 100, objects: map[string]map[string]any{}, watchers: map[chan watchEvent]string{}}
+	k := &kubeAPI{t: t, rv: 100, objects: map[string]map[string]any{}, watchers: map[chan watchEvent]string{}, applied: map[string][]string{}}
 	s := httptest.NewServer(k)
 	k.url = s.URL
 	t.Cleanup(func() {
@@ -227,7 +228,13 @@ func (k *kubeAPI) patch(w http.ResponseWriter, call patchCall) {
 		annotations = map[string]any{}
 		meta["annotations"] = annotations
 	}
+	before, after := annotations[restartedAtAnnotation], p.Spec.Template.Metadata.Annotations[restartedAtAnnotation]
+	if before == after { // as the API server does with a patch that changes nothing
+		writeJSON(w, http.StatusOK, object)
+		return
+	}
 	maps.Copy(annotations, p.Spec.Template.Metadata.Annotations)
+	k.applied[call.key] = append(k.applied[call.key], fmt.Sprint(after))
 	k.store(call.key, changed, "MODIFIED")
 	writeJSON(w, http.StatusOK, changed)
 }

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -419,6 +421,63 @@ func TestOutdatedRecord(t *testing.T) {
 	w.settled()
 	if at := kube.restartedAt("a/api"); at != newer {
 		t.Errorf("restartedAt is %s; the newer %s was overwritten", at, newer)
+	}
+}
+
+// Events for two images of one Deployment cross each other in three workers on
+// a slow API: restartedAt only ever grows, and ends at the newest.
+func TestCrossingEventsInThreeWorkers(t *testing.T) {
+	kube := newKubeAPI(t)
+	const initDev = "ghcr.io/acme/init:dev"
+	kube.create("a/both", spec{image: apiDev, init: initDev})
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		time.Sleep(rand.N(20 * time.Millisecond))
+		return 0, nil
+	}
+	first := startTestWorker(t, kube)
+	cfg := valkeyConfig{Addr: first.valkey.Addr(), Channel: "krt"}
+	for range 2 {
+		w := startWorkerOn(t, kube, first.valkey, cfg)
+		eventually(t, "worker is ready", func() bool { return w.ready() == nil })
+	}
+	var newest string
+	for i := range 40 {
+		newest = max(newest, first.publish([]string{apiDev, initDev}[i%2]))
+		time.Sleep(rand.N(4 * time.Millisecond))
+	}
+	first.awaitRestart("a/both", newest)
+	first.settled()
+	kube.mu.Lock()
+	defer kube.mu.Unlock()
+	applied := kube.applied["a/both"]
+	if !slices.IsSorted(applied) || len(slices.Compact(slices.Clone(applied))) != len(applied) || applied[len(applied)-1] != newest {
+		t.Errorf("restartedAt went %v; the newest request is of %s", applied, newest)
+	}
+}
+
+// Catching up takes as long as there are images on record; an event does not.
+func BenchmarkCatchUp(b *testing.B) {
+	for _, recorded := range []int{1_000, 10_000} {
+		b.Run(fmt.Sprint(recorded), func(b *testing.B) {
+			m := miniredis.RunT(b)
+			now := time.Now().UnixMicro()
+			for i := range recorded {
+				m.ZAdd("krt:requested", float64(now+int64(i)), fmt.Sprintf("ghcr.io/acme/api-%d:dev", i))
+			}
+			log := slog.New(slog.DiscardHandler)
+			source, err := newSubscriber(valkeyConfig{Addr: m.Addr(), Channel: "krt"}, log)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.Cleanup(source.close)
+			for b.Loop() {
+				w := newWorker(workerConfig{CatchUp: time.Hour}, imagePrefixes{"ghcr.io/acme"}, nil, source, log, time.Now)
+				if err := w.catchUp(b.Context()); err != nil || len(w.requests) != recorded {
+					b.Fatalf("%d of %d, %v", len(w.requests), recorded, err)
+				}
+				w.queue.ShutDown()
+			}
+		})
 	}
 }
 
