@@ -1,0 +1,849 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"go/ast"
+	"go/build"
+	"go/parser"
+	"go/token"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+)
+
+// These tests hold what README.md, docs/, k8s/ and Dockerfile say to the code.
+
+func readDoc(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func docNames(t *testing.T) []string {
+	t.Helper()
+	names, err := filepath.Glob("docs/*.md")
+	if err != nil || len(names) < 5 {
+		t.Fatalf("docs has %d pages, error %v", len(names), err)
+	}
+	return append(names, "README.md")
+}
+
+// docBlock is a fenced block, without the indentation of its fence.
+type docBlock struct{ language, text string }
+
+var fenceRE = regexp.MustCompile("(?ms)^( *)```([a-z]+)\n(.*?)^ *```$")
+
+func docBlocks(text string) (blocks []docBlock) {
+	for _, m := range fenceRE.FindAllStringSubmatch(text, -1) {
+		var b strings.Builder
+		for line := range strings.Lines(m[3]) {
+			b.WriteString(strings.TrimPrefix(line, m[1]))
+		}
+		blocks = append(blocks, docBlock{m[2], b.String()})
+	}
+	return blocks
+}
+
+// docTable returns the cells of the table whose header row is as given.
+func docTable(t *testing.T, name, header string) (rows [][]string) {
+	t.Helper()
+	_, rest, ok := strings.Cut(readDoc(t, name), "\n"+header+"\n")
+	if !ok {
+		t.Fatalf("%s has no table %s", name, header)
+	}
+	columns := strings.Count(header, "|") - 1
+	for line := range strings.Lines(rest) {
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), " | ")
+		if !strings.HasPrefix(line, "|") {
+			break
+		}
+		if strings.HasPrefix(line, "|--") {
+			continue
+		}
+		if len(cells) != columns {
+			t.Fatalf("%s: %d cells instead of %d: %s", name, len(cells), columns, line)
+		}
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		rows = append(rows, cells)
+	}
+	if len(rows) == 0 {
+		t.Fatalf("%s: the table %s is empty", name, header)
+	}
+	return rows
+}
+
+// backquoted returns what stands in backquotes in s.
+func backquoted(s string) (words []string) {
+	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(s, -1) {
+		words = append(words, m[1])
+	}
+	return words
+}
+
+// productionFiles are the parsed sources of the production build.
+func productionFiles(t *testing.T) map[string]*ast.File {
+	t.Helper()
+	bare := build.Default
+	bare.BuildTags = nil
+	pkg, err := bare.ImportDir(".", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]*ast.File{}
+	for _, name := range pkg.GoFiles {
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[name] = file
+	}
+	return files
+}
+
+// calls yields the method and function calls below a node: what is called, and
+// on what.
+func calls(n ast.Node, yield func(name string, on ast.Expr, call *ast.CallExpr)) {
+	ast.Inspect(n, func(n ast.Node) bool {
+		if call, ok := n.(*ast.CallExpr); ok {
+			if f, ok := call.Fun.(*ast.SelectorExpr); ok {
+				yield(f.Sel.Name, f.X, call)
+			}
+		}
+		return true
+	})
+}
+
+// texts returns the string literals below a node.
+func texts(n ast.Node) map[string]bool {
+	found := map[string]bool{}
+	ast.Inspect(n, func(n ast.Node) bool {
+		if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+			if s, err := strconv.Unquote(lit.Value); err == nil {
+				found[s] = true
+			}
+		}
+		return true
+	})
+	return found
+}
+
+func sorted(set map[string]bool) []string { return slices.Sorted(maps.Keys(set)) }
+
+func TestDocsOptionTable(t *testing.T) {
+	var want [][]string
+	for _, o := range options {
+		def := "none"
+		if o.required {
+			def = "required"
+		} else if o.def != "" {
+			def = "`" + o.def + "`"
+		}
+		want = append(want, []string{"`" + o.env + "`", "`--" + o.flagName() + "`", o.modes.String(), def, o.usage})
+	}
+	got := docTable(t, "docs/configuration.md", "| variable | flag | modes | default | meaning |")
+	for i := range max(len(got), len(want)) {
+		var g, w []string
+		if i < len(got) {
+			g = got[i]
+		}
+		if i < len(want) {
+			w = want[i]
+		}
+		if !slices.Equal(g, w) {
+			t.Errorf("docs/configuration.md, option %d is\n\t%q, and in the code\n\t%q", i+1, g, w)
+		}
+	}
+}
+
+// A name that begins like one of our variables is one of our variables.
+func TestDocsVariables(t *testing.T) {
+	known, first := map[string]bool{}, map[string]bool{}
+	for _, o := range options {
+		known[o.env] = true
+		word, _, _ := strings.Cut(o.env, "_")
+		first[word] = true
+	}
+	// What a runner sets, https://docs.github.com/en/actions/reference/workflows-and-actions/variables
+	for _, name := range []string{"GITHUB_REPOSITORY", "GITHUB_REF_NAME"} {
+		known[name] = true
+	}
+	names := docNames(t)
+	for _, pattern := range []string{"k8s/*.yaml", "k8s/*/*.yaml", "Dockerfile"} {
+		more, err := filepath.Glob(pattern)
+		if err != nil || len(more) == 0 {
+			t.Fatalf("%s: %d files, error %v", pattern, len(more), err)
+		}
+		names = append(names, more...)
+	}
+	nameRE := regexp.MustCompile(`\b[A-Z][A-Z0-9]*(_[A-Z0-9]+)+\b`)
+	for _, name := range names {
+		for _, variable := range nameRE.FindAllString(readDoc(t, name), -1) {
+			if word, _, _ := strings.Cut(variable, "_"); first[word] && !known[variable] {
+				t.Errorf("%s: %s is not an option", name, variable)
+			}
+		}
+	}
+}
+
+// The answers in the documentation are those that web.go can give.
+func TestDocsAnswers(t *testing.T) {
+	codes := map[string]int{}
+	for code := 100; code < 600; code++ {
+		codes["Status"+strings.NewReplacer(" ", "", "-", "", "'", "").Replace(http.StatusText(code))] = code
+	}
+	want := map[string]bool{}
+	ast.Inspect(productionFiles(t)["web.go"], func(n ast.Node) bool {
+		if s, ok := n.(*ast.SelectorExpr); ok && strings.HasPrefix(s.Sel.Name, "Status") && s.Sel.Name != "StatusText" {
+			if code := codes[s.Sel.Name]; code != 0 {
+				want[strconv.Itoa(code)] = true
+			} else {
+				t.Errorf("http.%s is no status", s.Sel.Name)
+			}
+		}
+		return true
+	})
+	got := map[string]bool{}
+	for _, row := range docTable(t, "docs/configuration.md", "| answer | body | when |") {
+		got[row[0]] = true
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("docs/configuration.md has the answers %q, and web.go %q", sorted(got), sorted(want))
+	}
+	if !strings.Contains(readDoc(t, "docs/configuration.md"), "`Retry-After: "+retryAfter+"`") {
+		t.Errorf("docs/configuration.md does not say Retry-After: %s", retryAfter)
+	}
+}
+
+func TestDocsLogMessages(t *testing.T) {
+	files := productionFiles(t)
+	messages := map[string]bool{}
+	for _, file := range files {
+		calls(file, func(name string, _ ast.Expr, call *ast.CallExpr) {
+			args := call.Args
+			switch name {
+			case "Debug", "Info", "Warn", "Error":
+			case "Log": // context and level come first
+				args = args[min(2, len(args)):]
+			default:
+				return
+			}
+			if len(args) > 0 {
+				maps.Copy(messages, texts(args[0]))
+			}
+		})
+	}
+	for _, row := range docTable(t, "docs/architecture.md", "| message | process | when | fields |") {
+		fields := map[string]bool{}
+		if row[1] == "web" {
+			maps.Copy(fields, texts(files["web.go"]))
+		} else {
+			maps.Copy(fields, texts(files["worker.go"]))
+		}
+		if message := backquoted(row[0]); len(message) != 1 || !messages[message[0]] {
+			t.Errorf("docs/architecture.md: nothing logs %s", row[0])
+		}
+		for _, field := range backquoted(row[3]) {
+			if !fields[field] {
+				t.Errorf("docs/architecture.md: %s of %s is not in %s.go", field, row[0], row[1])
+			}
+		}
+	}
+}
+
+func TestDocsLinks(t *testing.T) {
+	linkRE := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	headingRE := regexp.MustCompile(`(?m)^#+ (.+)$`)
+	anchors := func(name string) map[string]bool {
+		found := map[string]bool{}
+		for _, m := range headingRE.FindAllStringSubmatch(fenceRE.ReplaceAllString(readDoc(t, name), ""), -1) {
+			anchor := regexp.MustCompile(`[^\pL\pN _-]`).ReplaceAllString(strings.ToLower(m[1]), "")
+			found[strings.ReplaceAll(anchor, " ", "-")] = true
+		}
+		return found
+	}
+	for _, name := range docNames(t) {
+		for _, m := range linkRE.FindAllStringSubmatch(readDoc(t, name), -1) {
+			if strings.Contains(m[1], "://") {
+				continue
+			}
+			path, anchor, _ := strings.Cut(m[1], "#")
+			target := name
+			if path != "" {
+				target = filepath.Join(filepath.Dir(name), path)
+			}
+			if _, err := os.Stat(target); err != nil {
+				t.Errorf("%s: link to %s: %v", name, m[1], err)
+			} else if anchor != "" && !anchors(target)[anchor] {
+				t.Errorf("%s: %s has no heading #%s", name, target, anchor)
+			}
+		}
+	}
+}
+
+// Every body, message and policy that is shown is one that the code takes.
+func TestDocsExamples(t *testing.T) {
+	bodyRE := regexp.MustCompile(`\{"image":[^}]*\}`)
+	bodies, policies := 0, 0
+	for _, name := range docNames(t) {
+		text := readDoc(t, name)
+		for _, body := range bodyRE.FindAllString(text, -1) {
+			bodies++
+			_, err := parseRequest([]byte(body))
+			if strings.Contains(body, "requestedAt") {
+				_, err = parseEvent([]byte(body))
+			}
+			if err != nil {
+				t.Errorf("%s: %s: %v", name, body, err)
+			}
+		}
+		for _, b := range docBlocks(text) {
+			if b.language != "yaml" {
+				continue
+			}
+			if err := yaml.UnmarshalStrict([]byte(b.text), new(any)); err != nil {
+				t.Errorf("%s: %v\n%s", name, err, b.text)
+			}
+			if strings.HasPrefix(b.text, "- claims:") {
+				policies++
+				if _, err := newPolicy([]string{"acme"}, nil, b.text); err != nil {
+					t.Errorf("%s: %v\n%s", name, err, b.text)
+				}
+			}
+		}
+	}
+	if bodies < 5 || policies == 0 {
+		t.Errorf("%d bodies and %d policies found", bodies, policies)
+	}
+	// The events that pass without a rule, as the page lists them.
+	page := readDoc(t, "docs/configuration.md")
+	_, list, _ := strings.Cut(page, "if it runs for one of these events: ")
+	list, _, _ = strings.Cut(list, ".")
+	var events []string
+	for _, value := range defaultCondition.values {
+		events = append(events, value.String())
+	}
+	if got := backquoted(list); !slices.Equal(got, events) {
+		t.Errorf("docs/configuration.md lists the events %q, and the code %q", got, events)
+	}
+}
+
+// The two commands that a newcomer needs; CI runs them as they stand.
+func TestReadmeCommands(t *testing.T) {
+	var lines []string
+	for _, b := range docBlocks(readDoc(t, "README.md")) {
+		if b.language == "sh" {
+			lines = append(lines, strings.Split(b.text, "\n")...)
+		}
+	}
+	for _, command := range []string{"go run -tags dev . dev", "go test ./...", "kubectl apply -f k8s/"} {
+		if !slices.Contains(lines, command) {
+			t.Errorf("README.md has no line %q in a fenced block", command)
+		}
+	}
+}
+
+// manifest is what the tests look at of a Kubernetes object.
+type manifest struct {
+	file     string
+	Kind     string
+	Metadata struct {
+		Name, Namespace string
+		Labels          map[string]string
+	}
+	Data  map[string]string
+	Rules []struct {
+		APIGroups, Resources, Verbs, ResourceNames, NonResourceURLs []string
+	}
+	RoleRef  struct{ Kind, Name string }
+	Subjects []struct{ Kind, Name, Namespace string }
+	Spec     struct {
+		Selector any // of a Service its labels, of others more
+		Ports    []struct {
+			Port       int
+			TargetPort any
+		}
+		Template struct {
+			Metadata struct{ Labels map[string]string }
+			Spec     podSpec
+		}
+	}
+}
+
+type podSpec struct {
+	ServiceAccountName            string
+	AutomountServiceAccountToken  *bool
+	TerminationGracePeriodSeconds float64
+	SecurityContext               struct {
+		RunAsNonRoot   bool
+		SeccompProfile struct{ Type string }
+	}
+	Volumes []struct {
+		PersistentVolumeClaim struct{ ClaimName string }
+	}
+	Containers []container
+}
+
+type container struct {
+	Name, Image   string
+	Command, Args []string
+	EnvFrom       []struct{ ConfigMapRef struct{ Name string } }
+	Env           []struct {
+		Name, Value string
+		ValueFrom   struct{ SecretKeyRef struct{ Name, Key string } }
+	}
+	Ports []struct {
+		Name          string
+		ContainerPort int
+	}
+	LivenessProbe, ReadinessProbe struct {
+		HTTPGet struct{ Path, Port string }
+		Exec    struct{ Command []string }
+	}
+	Lifecycle struct {
+		PreStop struct{ Sleep struct{ Seconds float64 } }
+	}
+	SecurityContext struct {
+		AllowPrivilegeEscalation *bool
+		ReadOnlyRootFilesystem   bool
+		Capabilities             struct{ Drop []string }
+	}
+	Resources struct{ Limits map[string]string }
+}
+
+// manifests parses the files that match a pattern, in the order in which
+// kubectl apply -f takes them.
+func manifests(t *testing.T, pattern string) (all []manifest) {
+	t.Helper()
+	names, err := filepath.Glob(pattern) // sorted
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%s: %d files, error %v", pattern, len(names), err)
+	}
+	for _, name := range names {
+		for document := range strings.SplitSeq(readDoc(t, name), "\n---\n") {
+			if err := yaml.UnmarshalStrict([]byte(document), new(map[string]any)); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			m := manifest{file: name}
+			if err := yaml.Unmarshal([]byte(document), &m); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			all = append(all, m)
+		}
+	}
+	return all
+}
+
+func findManifest(t *testing.T, all []manifest, kind, name string) *manifest {
+	t.Helper()
+	for i := range all {
+		if all[i].Kind == kind && all[i].Metadata.Name == name {
+			return &all[i]
+		}
+	}
+	t.Fatalf("k8s has no %s %s", kind, name)
+	return nil
+}
+
+// One kubectl apply has to do: what an object needs comes before it, except for
+// the Secret, which is in no file.
+func TestManifestOrder(t *testing.T) {
+	all := manifests(t, "k8s/*.yaml")
+	namespace := all[0].Metadata.Name
+	if all[0].Kind != "Namespace" || all[0].Metadata.Labels["pod-security.kubernetes.io/enforce"] != "restricted" {
+		t.Errorf("the first object is a %s with the labels %v, not a restricted Namespace", all[0].Kind, all[0].Metadata.Labels)
+	}
+	seen := map[string]bool{}
+	for _, m := range all {
+		needs := map[string]bool{}
+		pod := m.Spec.Template.Spec
+		if pod.ServiceAccountName != "" {
+			needs["ServiceAccount "+pod.ServiceAccountName] = true
+		}
+		for _, v := range pod.Volumes {
+			needs["PersistentVolumeClaim "+v.PersistentVolumeClaim.ClaimName] = true
+		}
+		for _, c := range pod.Containers {
+			for _, from := range c.EnvFrom {
+				needs["ConfigMap "+from.ConfigMapRef.Name] = true
+			}
+		}
+		if m.RoleRef.Name != "" {
+			needs[m.RoleRef.Kind+" "+m.RoleRef.Name] = true
+		}
+		for _, need := range sorted(needs) {
+			if !seen[need] {
+				t.Errorf("%s: %s %s needs the %s before it", m.file, m.Kind, m.Metadata.Name, need)
+			}
+		}
+		clusterWide := m.Kind == "Namespace" || strings.HasPrefix(m.Kind, "Cluster")
+		if !clusterWide && m.Metadata.Namespace != namespace {
+			t.Errorf("%s: %s %s is in the namespace %q, not %s", m.file, m.Kind, m.Metadata.Name, m.Metadata.Namespace, namespace)
+		}
+		if m.Kind == "Secret" {
+			t.Errorf("%s has a Secret", m.file)
+		}
+		seen[m.Kind+" "+m.Metadata.Name] = true
+	}
+}
+
+// The manifests configure both processes as parseConfig wants it, and their
+// ports and probes are those of the code.
+func TestManifestsConfigure(t *testing.T) {
+	all := manifests(t, "k8s/*.yaml")
+	secrets := map[string]bool{}
+	for _, m := range []mode{webMode, workerMode} {
+		pod := findManifest(t, all, "Deployment", m.String()).Spec.Template.Spec
+		if len(pod.Containers) != 1 {
+			t.Fatalf("%s has %d containers", m, len(pod.Containers))
+		}
+		c := pod.Containers[0]
+		if !slices.Equal(c.Args, []string{m.String()}) || c.Command != nil {
+			t.Errorf("%s runs %q %q", m, c.Command, c.Args)
+		}
+		vars := map[string]string{}
+		for _, from := range c.EnvFrom {
+			maps.Copy(vars, findManifest(t, all, "ConfigMap", from.ConfigMapRef.Name).Data)
+		}
+		for _, e := range c.Env {
+			vars[e.Name] = e.Value
+			if ref := e.ValueFrom.SecretKeyRef; ref.Name != "" {
+				vars[e.Name] = "from a secret"
+				secrets[fmt.Sprintf("create secret generic %s --from-literal=%s=", ref.Name, ref.Key)] = true
+			}
+		}
+		for name := range vars {
+			ours := slices.ContainsFunc(options, func(o option) bool { return o.env == name && o.modes&m != 0 })
+			if !ours && name != "GOMEMLIMIT" {
+				t.Errorf("k8s gives %s to %s, which has no such option", name, m)
+			}
+		}
+		for _, o := range options {
+			if o.secret && vars[o.env] != "from a secret" {
+				t.Errorf("%s: %s is %q, not from a Secret", m, o.env, vars[o.env])
+			}
+		}
+		cfg, err := parseConfig(m, nil, func(name string) string { return vars[name] })
+		if err != nil {
+			t.Fatalf("%s cannot start with what k8s says: %v", m, err)
+		}
+
+		ports := map[string]string{}
+		for _, p := range c.Ports {
+			ports[p.Name] = fmt.Sprintf(":%d", p.ContainerPort)
+		}
+		want := map[string]string{"ops": cfg.OpsListenAddr}
+		if m == webMode {
+			want["http"] = cfg.Web.ListenAddr
+		}
+		if !maps.Equal(ports, want) {
+			t.Errorf("%s has the ports %v, and listens on %v", m, ports, want)
+		}
+		valkey := findManifest(t, all, "Service", "valkey")
+		if addr := fmt.Sprintf("%s:%d", valkey.Metadata.Name, valkey.Spec.Ports[0].Port); cfg.Valkey.Addr != addr {
+			t.Errorf("%s looks for Valkey at %s; the Service is %s", m, cfg.Valkey.Addr, addr)
+		}
+
+		// Alive is also what is not ready; what is stopping is not ready.
+		for _, probe := range []struct {
+			name                                 string
+			path, port                           string
+			running, notReady, whileItIsStopping int
+		}{
+			{"liveness", c.LivenessProbe.HTTPGet.Path, c.LivenessProbe.HTTPGet.Port, 200, 200, 200},
+			{"readiness", c.ReadinessProbe.HTTPGet.Path, c.ReadinessProbe.HTTPGet.Port, 200, 503, 503},
+		} {
+			var stopping atomic.Bool
+			var unready error
+			h := opsHandler(&stopping, func(context.Context) error { return unready })
+			status := func() int {
+				w := httptest.NewRecorder()
+				h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "http://pod"+probe.path, nil))
+				return w.Code
+			}
+			got := []int{status()}
+			unready = errors.New("not ready")
+			got = append(got, status())
+			stopping.Store(true)
+			got = append(got, status())
+			if want := []int{probe.running, probe.notReady, probe.whileItIsStopping}; !slices.Equal(got, want) || probe.port != "ops" {
+				t.Errorf("%s: the %s probe asks %s on port %s, which answers %v, not %v", m, probe.name, probe.path, probe.port, got, want)
+			}
+		}
+
+		leaves := c.Lifecycle.PreStop.Sleep.Seconds + drainTimeout.Seconds()
+		if m == workerMode {
+			leaves = patchTimeout.Seconds()
+		} else if c.Lifecycle.PreStop.Sleep.Seconds == 0 {
+			t.Error("web has no preStop sleep")
+		}
+		if pod.TerminationGracePeriodSeconds <= leaves {
+			t.Errorf("%s may take %v s to leave, and has %v", m, leaves, pod.TerminationGracePeriodSeconds)
+		}
+		if mounted := pod.AutomountServiceAccountToken; mounted == nil || *mounted != (m == workerMode) {
+			t.Errorf("%s: automountServiceAccountToken is not %t", m, m == workerMode)
+		}
+	}
+	// The password that the documented command creates is the one that is read.
+	for _, name := range []string{"README.md", "docs/deployment.md"} {
+		for _, command := range sorted(secrets) {
+			if !strings.Contains(readDoc(t, name), command) {
+				t.Errorf("%s has no command with %q", name, command)
+			}
+		}
+	}
+}
+
+func TestManifestsPods(t *testing.T) {
+	all := manifests(t, "k8s/*.yaml")
+	pods := 0
+	for _, m := range all {
+		pod := m.Spec.Template.Spec
+		if len(pod.Containers) == 0 {
+			continue
+		}
+		pods++
+		if !pod.SecurityContext.RunAsNonRoot || pod.SecurityContext.SeccompProfile.Type != "RuntimeDefault" {
+			t.Errorf("%s: the pod is not restricted: %+v", m.file, pod.SecurityContext)
+		}
+		if mounted := pod.AutomountServiceAccountToken; mounted == nil || *mounted && pod.ServiceAccountName == "" {
+			t.Errorf("%s: the token of the default ServiceAccount is mounted", m.file)
+		}
+		for _, c := range pod.Containers {
+			sc := c.SecurityContext
+			if sc.AllowPrivilegeEscalation == nil || *sc.AllowPrivilegeEscalation || !sc.ReadOnlyRootFilesystem || !slices.Equal(sc.Capabilities.Drop, []string{"ALL"}) {
+				t.Errorf("%s: container %s is not restricted: %+v", m.file, c.Name, sc)
+			}
+			if c.Resources.Limits["memory"] == "" {
+				t.Errorf("%s: container %s has no memory limit", m.file, c.Name)
+			}
+		}
+	}
+	if pods != 3 {
+		t.Errorf("%d pods found", pods)
+	}
+
+	for _, m := range all {
+		if m.Kind != "Service" {
+			continue
+		}
+		leads := false
+		for _, other := range all {
+			labels := map[string]any{}
+			for k, v := range other.Spec.Template.Metadata.Labels {
+				labels[k] = v
+			}
+			selector, _ := m.Spec.Selector.(map[string]any)
+			if len(labels) == 0 || !maps.Equal(selector, labels) {
+				continue
+			}
+			for _, p := range other.Spec.Template.Spec.Containers[0].Ports {
+				leads = leads || p.Name == m.Spec.Ports[0].TargetPort
+			}
+		}
+		if !leads {
+			t.Errorf("%s: the Service %s leads to no port of a pod", m.file, m.Metadata.Name)
+		}
+	}
+
+	valkey := strings.Join(findManifest(t, all, "StatefulSet", "valkey").Spec.Template.Spec.Containers[0].Args, " ")
+	for _, setting := range []string{"--appendonly yes", "--appendfsync always", "--requirepass $(VALKEY_PASSWORD)"} {
+		if !strings.Contains(valkey, setting) {
+			t.Errorf("valkey is started without %s", setting)
+		}
+	}
+}
+
+// worker may do what the code does, and nothing else.
+func TestManifestsRBAC(t *testing.T) {
+	used := map[string]bool{}
+	for _, file := range productionFiles(t) {
+		if !slices.ContainsFunc(file.Imports, func(i *ast.ImportSpec) bool { return i.Path.Value == `"k8s.io/client-go/dynamic"` }) {
+			continue
+		}
+		calls(file, func(name string, on ast.Expr, call *ast.CallExpr) {
+			switch name {
+			case "Apply", "ApplyStatus", "Create", "Delete", "DeleteCollection", "Get", "List", "Patch", "Update", "UpdateStatus", "Watch":
+			default:
+				return
+			}
+			// On a field named client, or on client.Resource(…)….
+			client := false
+			ast.Inspect(on, func(n ast.Node) bool {
+				id, ok := n.(*ast.Ident)
+				client = client || ok && id.Name == "client"
+				return true
+			})
+			if client {
+				used[strings.ToLower(name)] = true
+			}
+		})
+	}
+	verbs := sorted(used)
+	if want := []string{"list", "patch", "watch"}; !slices.Equal(verbs, want) {
+		t.Errorf("the code uses the verbs %q, expected %q", verbs, want)
+	}
+
+	var documented []string
+	for _, row := range docTable(t, "docs/deployment.md", "| verb on `deployments.apps` | what worker does with it |") {
+		documented = append(documented, backquoted(row[0])...)
+	}
+	slices.Sort(documented)
+	if !slices.Equal(documented, verbs) {
+		t.Errorf("docs/deployment.md explains the verbs %q, and the code uses %q", documented, verbs)
+	}
+
+	for pattern, kind := range map[string]string{"k8s/*.yaml": "ClusterRole", "k8s/namespaced/*.yaml": "Role"} {
+		all := manifests(t, pattern)
+		account := findManifest(t, manifests(t, "k8s/*.yaml"), "ServiceAccount", "worker")
+		roles, bindings := 0, 0
+		for _, m := range all {
+			switch m.Kind {
+			case kind:
+				roles++
+				if len(m.Rules) != 1 {
+					t.Fatalf("%s has %d rules", m.file, len(m.Rules))
+				}
+				r := m.Rules[0]
+				granted := slices.Sorted(slices.Values(r.Verbs))
+				if !slices.Equal(r.APIGroups, []string{deploymentsResource.Group}) || !slices.Equal(r.Resources, []string{deploymentsResource.Resource}) ||
+					!slices.Equal(granted, verbs) || len(r.ResourceNames)+len(r.NonResourceURLs) > 0 {
+					t.Errorf("%s grants %+v; the code needs %q on deployments.apps", m.file, r, verbs)
+				}
+			case kind + "Binding":
+				bindings++
+				s := m.Subjects
+				if m.RoleRef.Kind != kind || len(s) != 1 || s[0].Kind != "ServiceAccount" || s[0].Name != account.Metadata.Name || s[0].Namespace != account.Metadata.Namespace {
+					t.Errorf("%s binds %+v to %+v", m.file, m.RoleRef, s)
+				}
+			case "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding":
+				t.Errorf("%s has a %s", m.file, m.Kind)
+			}
+		}
+		if roles != 1 || bindings != 1 {
+			t.Errorf("%s has %d roles and %d bindings", pattern, roles, bindings)
+		}
+	}
+	if sa := findManifest(t, manifests(t, "k8s/*.yaml"), "Deployment", "worker").Spec.Template.Spec.ServiceAccountName; sa != "worker" {
+		t.Errorf("worker runs as the ServiceAccount %q", sa)
+	}
+}
+
+// The commands that docs/deployment.md grants in Valkey are those that broker.go
+// sends, and PING, with which valkey-go tests an idle connection.
+func TestDocsValkeyACL(t *testing.T) {
+	file := productionFiles(t)["broker.go"]
+	want := map[string]map[string]bool{"web": {"ping": true}, "worker": {"ping": true}}
+	for _, d := range file.Decls {
+		f, ok := d.(*ast.FuncDecl)
+		if !ok || f.Recv == nil {
+			continue
+		}
+		var receiver bytes.Buffer
+		ast.Inspect(f.Recv.List[0].Type, func(n ast.Node) bool {
+			if id, ok := n.(*ast.Ident); ok {
+				receiver.WriteString(id.Name)
+			}
+			return true
+		})
+		user := map[string]string{"publisher": "web", "subscriber": "worker"}[receiver.String()]
+		if user == "" {
+			continue
+		}
+		calls(f, func(name string, on ast.Expr, _ *ast.CallExpr) {
+			if b, ok := on.(*ast.CallExpr); ok {
+				if s, ok := b.Fun.(*ast.SelectorExpr); ok && s.Sel.Name == "B" {
+					want[user][strings.ToLower(name)] = true
+				}
+			}
+			if id, ok := on.(*ast.Ident); ok && name == "Exec" && strings.HasSuffix(id.Name, "Script") {
+				want[user]["eval"], want[user]["evalsha"] = true, true
+			}
+		})
+	}
+	for text := range texts(file) { // only web runs scripts
+		for _, m := range regexp.MustCompile(`redis\.call\('([A-Z]+)'`).FindAllStringSubmatch(text, -1) {
+			want["web"][strings.ToLower(m[1])] = true
+		}
+	}
+
+	page := readDoc(t, "docs/deployment.md")
+	for user, keys := range map[string]string{"web": "%RW~", "worker": "%R~"} {
+		line := regexp.MustCompile(`(?m)^user ` + user + ` on >PASSWORD resetkeys resetchannels -@all (.*)$`).FindStringSubmatch(page)
+		if line == nil {
+			t.Fatalf("docs/deployment.md has no ACL for %s", user)
+		}
+		got := map[string]bool{}
+		var names []string
+		for word := range strings.FieldsSeq(line[1]) {
+			if command, ok := strings.CutPrefix(word, "+"); ok {
+				got[command] = true
+			} else {
+				names = append(names, word)
+			}
+		}
+		if !maps.Equal(got, want[user]) {
+			t.Errorf("docs/deployment.md lets %s use %q; the code needs %q", user, sorted(got), sorted(want[user]))
+		}
+		channel := optionDefault(t, "VALKEY_CHANNEL")
+		if want := []string{keys + channel + ":*", "&" + channel}; !slices.Equal(names, want) || !strings.HasPrefix(requestedKey(channel), channel+":") {
+			t.Errorf("docs/deployment.md gives %s %q, expected %q", user, names, want)
+		}
+	}
+}
+
+func optionDefault(t *testing.T, env string) string {
+	t.Helper()
+	for _, o := range options {
+		if o.env == env {
+			return o.def
+		}
+	}
+	t.Fatalf("no option %s", env)
+	return ""
+}
+
+func TestDockerfile(t *testing.T) {
+	text := readDoc(t, "Dockerfile")
+	for _, part := range []string{
+		"FROM --platform=$BUILDPLATFORM golang:1.26 AS build\n",
+		"CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH",
+		`go build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o /kuberollouttrigger .`,
+		"\nFROM gcr.io/distroless/static:nonroot\n",
+		"\nUSER 65532:65532\n",
+		"\nENTRYPOINT [\"/kuberollouttrigger\"]\n",
+		`org.opencontainers.image.version="$VERSION"`,
+	} {
+		if !strings.Contains(text, part) {
+			t.Errorf("Dockerfile has no %q", part)
+		}
+	}
+	if strings.Contains(text, "-tags") {
+		t.Error("Dockerfile builds with tags; the production build has none")
+	}
+	// .dockerignore lets no more in than the build copies.
+	if ignore := readDoc(t, ".dockerignore"); ignore != "*\n!go.mod\n!go.sum\n!*.go\n*_test.go\n" {
+		t.Errorf(".dockerignore is %q", ignore)
+	}
+	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(readDoc(t, "go.mod"))
+	if version == nil || !strings.Contains(text, "golang:"+version[1]+" ") {
+		t.Errorf("Dockerfile does not build with the Go of go.mod, %q", version)
+	}
+}
