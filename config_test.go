@@ -155,3 +155,25 @@ func TestOptionTable(t *testing.T) {
 		}
 	}
 }
+
+func TestSecretsAreNotPrinted(t *testing.T) {
+	const password = "hunter2"
+	secrets := 0
+	for i := range options {
+		o := &options[i]
+		if !o.secret {
+			continue
+		}
+		secrets++
+		defer func(set func(*config, string) error) { o.set = set }(o.set)
+		o.set = func(*config, string) error { return errors.New("refused") }
+		vars := maps.Clone(webEnv)
+		vars[o.env] = password
+		if _, err := parseConfig(webMode, nil, env(vars)); err == nil || strings.Contains(err.Error(), password) || !strings.Contains(err.Error(), o.env) {
+			t.Errorf("%s: %v", o.env, err)
+		}
+	}
+	if secrets != 1 {
+		t.Errorf("%d secrets; VALKEY_PASSWORD is one", secrets)
+	}
+}

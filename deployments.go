@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -23,6 +24,11 @@ var deploymentsResource = schema.GroupVersionResource{Group: "apps", Version: "v
 
 // restartedAtAnnotation is what `kubectl rollout restart` sets too.
 const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
+
+// watchSilence is how long a watch may bring nothing before it is taken for dead
+// and begun anew where it ended. An API server sends a bookmark about every
+// minute; a proxy that has lost the stream behind an open connection does not.
+const watchSilence = 90 * time.Second
 
 // deployment is what worker remembers of a Deployment. Of the embedded metadata
 // only namespace, name, uid, resourceVersion, creationTimestamp and
@@ -122,10 +128,11 @@ func (d *deployment) image(ref string) (pinned bool, cachedBy string) {
 
 // deploymentCache holds the Deployments of all scopes, indexed by image.
 type deploymentCache struct {
+	log *slog.Logger
 	now func() time.Time
-	// appeared is called for each Deployment that is new to the cache or has
-	// just been resumed, after the cache holds it.
-	appeared func(*deployment)
+	// observed is called for each record that the API server sent, after the
+	// cache holds it. appeared: it is new to the cache, or was just resumed.
+	observed func(d *deployment, appeared bool)
 
 	mu      sync.RWMutex
 	byKey   map[types.NamespacedName]*deployment
@@ -133,10 +140,11 @@ type deploymentCache struct {
 	pending int // scopes not listed yet
 }
 
-func newDeploymentCache(now func() time.Time, appeared func(*deployment)) *deploymentCache {
+func newDeploymentCache(log *slog.Logger, now func() time.Time, observed func(d *deployment, appeared bool)) *deploymentCache {
 	return &deploymentCache{
+		log:      log,
 		now:      now,
-		appeared: appeared,
+		observed: observed,
 		byKey:    map[types.NamespacedName]*deployment{},
 		byImage:  map[string]map[types.NamespacedName]struct{}{},
 		pending:  1,
@@ -286,7 +294,9 @@ func (s *scope) listWatch() cache.ListerWatcher {
 			if err != nil {
 				return nil, s.refused("watch", err)
 			}
+			silent := time.AfterFunc(watchSilence, w.Stop)
 			return watch.Filter(w, func(e watch.Event) (watch.Event, bool) {
+				silent.Reset(watchSilence)
 				if u, ok := e.Object.(*unstructured.Unstructured); ok && e.Type != watch.Bookmark && e.Type != watch.Error {
 					e.Object = newDeployment(u)
 				}
@@ -328,9 +338,7 @@ func (s *scope) Update(obj any) error {
 	s.cache.mu.Lock()
 	appeared := s.cache.put(d)
 	s.cache.mu.Unlock()
-	if appeared {
-		s.cache.appeared(d)
-	}
+	s.cache.observed(d, appeared)
 	return nil
 }
 
@@ -347,20 +355,18 @@ func (s *scope) Delete(obj any) error {
 
 // Replace is the outcome of a list: what is not in it is gone.
 func (s *scope) Replace(items []any, _ string) error {
-	var appeared []*deployment
+	appeared := make([]bool, len(items))
 	listed := make(map[types.NamespacedName]struct{}, len(items))
 	c := s.cache
 	c.mu.Lock()
-	for _, item := range items {
+	for i, item := range items {
 		d, ok := item.(*deployment)
 		if !ok {
 			c.mu.Unlock()
 			return fmt.Errorf("list of deployments brought a %T", item)
 		}
 		listed[d.key()] = struct{}{}
-		if c.put(d) {
-			appeared = append(appeared, d)
-		}
+		appeared[i] = c.put(d)
 	}
 	for key := range c.byKey {
 		if _, ok := listed[key]; !ok && (s.namespace == "" || s.namespace == key.Namespace) {
@@ -372,8 +378,9 @@ func (s *scope) Replace(items []any, _ string) error {
 		c.pending--
 	}
 	c.mu.Unlock()
-	for _, d := range appeared {
-		c.appeared(d)
+	c.log.Info("deployments listed", "namespace", s.namespace, "count", len(items))
+	for i, item := range items {
+		c.observed(item.(*deployment), appeared[i])
 	}
 	return nil
 }

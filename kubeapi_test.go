@@ -35,7 +35,8 @@ type kubeAPI struct {
 	lists    int
 
 	// onPatch may answer a patch itself; nil, or a status of 0, lets it through.
-	onPatch func(patchCall) (status int, header http.Header)
+	onPatch  func(patchCall) (status int, header http.Header)
+	selector string // that every list and watch must have
 	// forbid may refuse a verb in a namespace.
 	forbid func(verb, namespace string) bool
 }
@@ -86,6 +87,9 @@ func (k *kubeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	ok = ok && parts[0] == "deployments"
 	q := r.URL.Query()
+	if r.Method == http.MethodGet && q.Get("labelSelector") != k.selector {
+		k.t.Errorf("label selector %q, want %q", q.Get("labelSelector"), k.selector)
+	}
 	switch {
 	case ok && r.Method == http.MethodGet && len(parts) == 1 && q.Get("watch") == "true":
 		k.watch(w, r, namespace)

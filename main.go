@@ -241,6 +241,7 @@ func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
 	// client-go would send 5 requests a second. WORKER_CONCURRENCY bounds what
 	// is in flight, and the server's own flow control does the rest.
 	rc.QPS = -1
+	rc.Wrap(surfaceRetryAfter)
 	// A connection that is silently dead would hold watch and patches for 45 s.
 	// client-go reads these limits from the environment alone.
 	for _, name := range []string{"HTTP2_READ_IDLE_TIMEOUT_SECONDS", "HTTP2_PING_TIMEOUT_SECONDS"} {

@@ -3,8 +3,13 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,7 +35,7 @@ const (
 	// to maxBackoff. The first tries are quick because most failures are
 	// conflicts with an update that the watch is about to bring.
 	minBackoff = 10 * time.Millisecond
-	maxBackoff = time.Minute
+	maxBackoff = 15 * time.Second
 	// maxRetryAfter bounds what a Retry-After of the API server is believed.
 	maxRetryAfter = 5 * time.Minute
 
@@ -81,26 +86,30 @@ type worker struct {
 
 	mu       sync.Mutex
 	requests map[string]request // by image
+	// conflicts are the Deployments whose record was outdated when it was
+	// patched. They wait for the watch rather than for the backoff.
+	conflicts map[types.NamespacedName]struct{}
 }
 
 func newWorker(cfg workerConfig, prefixes imagePrefixes, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
 	w := &worker{
-		log:      log.With("cluster", cfg.ClusterName),
-		client:   client,
-		source:   source,
-		prefixes: prefixes,
-		cfg:      cfg,
-		window:   cfg.CatchUp,
-		now:      now,
-		kick:     make(chan struct{}, 1),
-		requests: map[string]request{},
-		backoff:  workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](minBackoff, maxBackoff),
+		log:       log.With("cluster", cfg.ClusterName),
+		client:    client,
+		source:    source,
+		prefixes:  prefixes,
+		cfg:       cfg,
+		window:    cfg.CatchUp,
+		now:       now,
+		kick:      make(chan struct{}, 1),
+		requests:  map[string]request{},
+		conflicts: map[types.NamespacedName]struct{}{},
+		backoff:   workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](minBackoff, maxBackoff),
 	}
 	w.queue = workqueue.NewTypedRateLimitingQueue(w.backoff)
 	if w.window == 0 {
 		w.window = retryWindow
 	}
-	w.cache = newDeploymentCache(now, w.appeared)
+	w.cache = newDeploymentCache(w.log, now, w.observed)
 	return w
 }
 
@@ -120,14 +129,11 @@ func (w *worker) run(ctx context.Context) error {
 		defer cancel()
 		err = w.cache.run(ctx, w.client, w.cfg.Namespaces, w.cfg.Selector)
 	})
-	wg.Go(func() {
-		w.awaitSync(ctx)
-		for range w.cfg.Concurrency {
-			wg.Go(func() { w.patchLoop(ctx) })
-		}
-		<-ctx.Done()
-		w.queue.ShutDown()
-	})
+	for range w.cfg.Concurrency {
+		wg.Go(func() { w.patchLoop(ctx) })
+	}
+	<-ctx.Done()
+	w.queue.ShutDown()
 	wg.Wait()
 	return err
 }
@@ -136,7 +142,7 @@ func (w *worker) run(ctx context.Context) error {
 // missed.
 func (w *worker) ready() error {
 	if !w.cache.synced() {
-		return fmt.Errorf("deployments are not listed yet")
+		return errors.New("deployments are not listed yet")
 	}
 	if err := w.source.ready(); err != nil {
 		return err
@@ -145,17 +151,6 @@ func (w *worker) ready() error {
 		return *err
 	}
 	return nil
-}
-
-// awaitSync returns when all scopes have been listed: before that, a look-up
-// would find too little.
-func (w *worker) awaitSync(ctx context.Context) {
-	for ctx.Err() == nil && !w.cache.synced() {
-		sleep(ctx, 10*time.Millisecond)
-	}
-	if ctx.Err() == nil {
-		w.log.Info("deployments listed")
-	}
 }
 
 // clock is Valkey's clock, as the last catch-up saw it.
@@ -209,16 +204,21 @@ func (w *worker) note(e event, heard time.Time) {
 	}
 }
 
-// appeared queues a Deployment that is new to the cache, or resumed, if any of
-// its images was asked for.
-func (w *worker) appeared(d *deployment) {
+// observed queues a Deployment that is new to the cache, or resumed, if any of
+// its images was asked for, and one whose outdated record was refused, now that
+// there is a newer one.
+func (w *worker) observed(d *deployment, appeared bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	key := d.key()
+	_, again := w.conflicts[key]
+	delete(w.conflicts, key)
 	for _, image := range d.images {
-		if _, ok := w.requests[image.ref]; ok && !image.pinned {
-			w.queue.Add(d.key())
-			return
-		}
+		_, asked := w.requests[image.ref]
+		again = again || appeared && asked && !image.pinned
+	}
+	if again {
+		w.queue.Add(key)
 	}
 }
 
@@ -312,15 +312,16 @@ func (w *worker) patchLoop(ctx context.Context) {
 		if shutdown {
 			return
 		}
-		if ctx.Err() == nil {
-			w.reconcile(ctx, key)
-		}
+		w.reconcile(ctx, key)
 		w.queue.Done(key)
 	}
 }
 
 // reconcile gives one Deployment the restart that it is owed, if any.
 func (w *worker) reconcile(ctx context.Context, key types.NamespacedName) {
+	w.mu.Lock()
+	delete(w.conflicts, key)
+	w.mu.Unlock()
 	d := w.cache.get(key)
 	if d == nil {
 		w.queue.Forget(key)
@@ -364,12 +365,15 @@ func (w *worker) settle(key types.NamespacedName, log *slog.Logger, d *deploymen
 		// Somebody was faster, perhaps another worker. The watch brings what
 		// they did.
 		log.Debug("changed meanwhile, looking again")
-		w.queue.AddRateLimited(key)
+		w.mu.Lock()
+		w.conflicts[key] = struct{}{}
+		w.mu.Unlock()
+		w.queue.AddRateLimited(key) // the newer record may be there already
 	default:
 		log.Warn("restart failed, trying again", "err", err, "tries", w.queue.NumRequeues(key)+1)
 		delay := w.backoff.When(key)
-		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
-			delay = max(delay, min(time.Duration(seconds)*time.Second, maxRetryAfter))
+		if later := (*retryAfterError)(nil); errors.As(err, &later) {
+			delay = max(delay, min(later.delay, maxRetryAfter))
 		}
 		w.queue.AddAfter(key, delay)
 	}
@@ -459,3 +463,41 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64) error {
 		Patch(ctx, d.Name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager})
 	return err
 }
+
+// retryAfterError is an answer that says when to come again.
+type retryAfterError struct {
+	answer string // what else it says
+	delay  time.Duration
+}
+
+func (e *retryAfterError) Error() string {
+	return fmt.Sprintf("%s (Retry-After: %s)", e.answer, e.delay)
+}
+
+// surfaceRetryAfter makes an error of each answer to a patch that has a
+// Retry-After. client-go would wait and send the patch again by itself, up to
+// ten times, while it occupies one of WORKER_CONCURRENCY's places and its record
+// grows old; the queue waits better.
+func surfaceRetryAfter(next http.RoundTripper) http.RoundTripper {
+	return roundTripper(func(r *http.Request) (*http.Response, error) {
+		resp, err := next.RoundTrip(r)
+		if err != nil || r.Method != http.MethodPatch {
+			return resp, err
+		}
+		seconds, err := strconv.Atoi(resp.Header.Get("Retry-After"))
+		if err != nil || seconds < 0 || resp.StatusCode < http.StatusBadRequest {
+			return resp, nil
+		}
+		defer resp.Body.Close()
+		body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
+		if err != nil {
+			return nil, err
+		}
+		answer := resp.Status + ": " + strings.TrimSpace(string(body))
+		return nil, &retryAfterError{cut(answer), time.Duration(seconds) * time.Second}
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

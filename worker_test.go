@@ -11,11 +11,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 const apiDev = "ghcr.io/acme/api:dev"
@@ -187,6 +189,19 @@ func TestRestartsWhatRunsTheImage(t *testing.T) {
 	}
 }
 
+// client-go would send 5 requests a second after the first 10, and take 18 s.
+func TestManyDeployments(t *testing.T) {
+	kube := newKubeAPI(t)
+	for i := range 100 {
+		kube.create(fmt.Sprintf("a/api-%d", i), spec{image: apiDev})
+	}
+	w := startTestWorker(t, kube)
+	at := w.publish(apiDev)
+	for i := range 100 {
+		w.awaitRestart(fmt.Sprintf("a/api-%d", i), at)
+	}
+}
+
 func TestCanonicalMatching(t *testing.T) {
 	kube := newKubeAPI(t)
 	kube.create("a/short", spec{image: "nginx"})
@@ -243,9 +258,68 @@ func TestNewToTheCache(t *testing.T) {
 	// A watch that was broken is made up for by the relist.
 	kube.changeUnseen(func() {
 		kube.store("a/unseen", spec{image: apiDev}.object("a/unseen", "u"), "ADDED")
+		kube.store("a/seen-late", spec{image: apiDev}.object("a/seen-late", "another uid"), "ADDED")
+		kube.store("a/created-later", kube.objects["a/created-later"], "DELETED")
 	})
 	kube.breakWatches()
 	w.awaitRestart("a/unseen", at)
+	w.awaitRestart("a/seen-late", at)
+	if d := w.cache.get(types.NamespacedName{Namespace: "a", Name: "created-later"}); d != nil {
+		t.Error("what is gone after a relist is still in the cache")
+	}
+}
+
+// What an announcement was offered to is restarted whatever the clocks say,
+// also if it takes several tries and the Deployment changes meanwhile.
+func TestRetryKeepsTheRule(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev, created: time.Now().Add(time.Hour)}) // by an API server's clock
+	var fails atomic.Bool
+	fails.Store(true)
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		if fails.Load() {
+			return 500, nil
+		}
+		return 0, nil
+	}
+	w := startTestWorker(t, kube)
+	at := w.publish(apiDev)
+	eventually(t, "it was tried", func() bool { return len(kube.patchesOf("a/api")) > 0 })
+	kube.change("a/api", func(o map[string]any) { o["status"] = map[string]any{"replicas": 1} })
+	eventually(t, "the cache has the change", func() bool { return w.cache.running(apiDev)[0].ResourceVersion == "102" })
+	fails.Store(false)
+	w.awaitRestart("a/api", at)
+}
+
+// While a restart fails, requests go on coming in: the newest is what it ends
+// at, an older one that comes late replaces nothing, and one for an image that
+// is pinned does not count.
+func TestNewestOfSeveralWhileItFails(t *testing.T) {
+	kube := newKubeAPI(t)
+	const initDev, webDev = "ghcr.io/acme/init:dev", "ghcr.io/acme/web:dev"
+	kube.create("a/api", spec{image: apiDev, init: initDev, volume: webDev + "@sha256:" + strings.Repeat("a", 64)})
+	var fails atomic.Bool
+	fails.Store(true)
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		if fails.Load() {
+			return 500, nil
+		}
+		return 0, nil
+	}
+	w := startTestWorker(t, kube)
+	now := time.Now().UnixMicro()
+	for _, e := range []event{{apiDev, now - 3}, {initDev, now - 1}, {apiDev, now - 2}, {initDev, now - 4}, {webDev, now}} {
+		w.valkey.Publish("krt", fmt.Sprintf(`{"image":%q,"requestedAt":%d}`, e.Image, e.RequestedAt))
+	}
+	eventually(t, "all are heard", func() bool { return w.logs.has(`"msg":"not restarted"`, "pinned", webDev) })
+	fails.Store(false)
+	w.awaitRestart("a/api", formatTime(now-1))
+	w.settled()
+	kube.mu.Lock()
+	defer kube.mu.Unlock()
+	if applied := kube.applied["a/api"]; len(applied) != 1 {
+		t.Errorf("restarted at %v", applied)
+	}
 }
 
 // Removing the annotation, as GitOps tools do, triggers nothing: not by itself,
@@ -278,6 +352,7 @@ func TestCatchUp(t *testing.T) {
 	kube := newKubeAPI(t)
 	kube.create("a/api", spec{image: apiDev})
 	kube.create("a/web", spec{image: "ghcr.io/acme/web:dev"})
+	kube.create("a/nginx", spec{image: "nginx"})
 	m, cfg := testValkey(t)
 	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -299,6 +374,14 @@ func TestCatchUp(t *testing.T) {
 	if n := len(kube.patchesOf("a/web")); n != 0 {
 		t.Errorf("what was asked for before the window was patched %d times", n)
 	}
+	if n := len(kube.patchesOf("a/nginx")); n != 0 {
+		t.Errorf("what is under no prefix was patched %d times", n)
+	}
+	w.mu.Lock()
+	if _, ok := w.requests["ghcr.io/acme/web:dev"]; ok || len(w.requests) != 2 {
+		t.Errorf("remembered %v", w.requests)
+	}
+	w.mu.Unlock()
 	for range 3 {
 		w.catchUpSoon()
 		w.settled()
@@ -378,6 +461,10 @@ func TestRetryAfter(t *testing.T) {
 	defer mu.Unlock()
 	if len(times) != 2 || times[1].Sub(times[0]) < time.Second {
 		t.Errorf("patched at %v, with Retry-After: 1", times)
+	}
+	// It waited in the queue, not in the client, where it would occupy a place.
+	if !w.logs.has("restart failed", "429", "Retry-After: 1s") {
+		t.Error("the refusal is not logged")
 	}
 }
 
@@ -492,6 +579,14 @@ func TestHandWrittenMessageMeansNow(t *testing.T) {
 	if err != nil || at.Before(before.Add(-time.Second)) || at.After(time.Now().Add(time.Second)) {
 		t.Errorf("restartedAt %s", kube.restartedAt("a/api"))
 	}
+
+	// Now is what Valkey's clock says.
+	ahead := time.Now().Add(2 * time.Hour)
+	w.valkey.SetTime(ahead)
+	w.catchUpSoon()
+	eventually(t, "the clock is known", func() bool { return w.clock().After(ahead.Add(-time.Minute)) })
+	w.valkey.Publish("krt", `{"image":"ghcr.io/acme/api:dev"}`)
+	eventually(t, "it is restarted", func() bool { return kube.restartedAt("a/api") > formatTime(ahead.Add(-time.Minute).UnixMicro()) })
 }
 
 // Valkey is a trust boundary: what is not as web would have sent it is ignored.
@@ -507,6 +602,7 @@ func TestHostileMessages(t *testing.T) {
 		`{"image":"ghcr.io/acme/api:dev","requestedAt":-1}`, `{"image":"ghcr.io/acme/api:dev","requestedAt":1.5}`,
 		`{"image":"ghcr.io/acme/api:dev","requestedAt":"1"}`, `{"image":"ghcr.io/acme/api:dev","requestedAt":99999999999999999999}`,
 		`{"image":"nginx:latest"}`, `{"image":"ghcr.io/acme/api"}`, `{"image":"ghcr.io/acme/../evil:dev"}`,
+		`{"image":"ghcr.io/acme/api:dev"` + strings.Repeat(" ", maxEventBytes) + `}`,
 		"{\"image\":\"ghcr.io/acme/api:dev\xff\"}", `{"image":"` + strings.Repeat("a", 2000) + `"}`,
 	} {
 		w.valkey.Publish("krt", message)
@@ -517,17 +613,20 @@ func TestHostileMessages(t *testing.T) {
 			t.Errorf("%s was patched: %v", key, calls)
 		}
 	}
-	if n := strings.Count(w.logs.String(), `"msg":"message ignored"`); n != 19 {
-		t.Errorf("%d of 19 messages are logged as ignored", n)
+	if n := strings.Count(w.logs.String(), `"msg":"message ignored"`); n != 20 {
+		t.Errorf("%d of 20 messages are logged as ignored", n)
 	}
 }
 
 func TestNamespacesAndSelector(t *testing.T) {
 	kube := newKubeAPI(t)
+	kube.selector = "team=payments"
 	kube.create("a/api", spec{image: apiDev})
 	kube.create("b/api", spec{image: apiDev})
 	kube.create("c/api", spec{image: apiDev})
-	w := startTestWorker(t, kube, func(c *workerConfig) { c.Namespaces = []string{"a", "b", "ghcr-probe"} })
+	w := startTestWorker(t, kube, func(c *workerConfig) {
+		c.Namespaces, c.Selector = []string{"a", "b", "ghcr-probe"}, "team=payments"
+	})
 	at := w.publish(apiDev)
 	w.awaitRestart("a/api", at)
 	w.awaitRestart("b/api", at)
@@ -576,7 +675,7 @@ func TestStopFinishesThePatchInFlight(t *testing.T) {
 	if kube.restartedAt(inFlight) != at {
 		t.Errorf("the patch of %s was cut off", inFlight)
 	}
-	if n := len(kube.patchesOf("")); n != 1 {
+	if n := len(kube.patchesOf("")); n != 1 || w.logs.has("restart failed") {
 		t.Errorf("%d patches were sent, 1 was in flight", n)
 	}
 	kube.mu.Lock()
