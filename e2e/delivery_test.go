@@ -1,0 +1,476 @@
+package e2e
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// What was accepted is never lost, and nothing restarts twice: whoever is
+// killed, stopped or replaced, however many there are, whatever their clocks.
+
+// rig is what a delivery test stands on: a Valkey, a namespace with Deployments
+// and a recorder of what happens to them.
+type rig struct {
+	namespace string
+	images    []string
+	apps      []deployment
+	valkey    *valkeyServer
+	recorder  *recorder
+	user      user
+	ledger    *ledger
+}
+
+// newRig has each image in so many Deployments.
+func newRig(t *testing.T, images, each int) *rig {
+	t.Helper()
+	g := &rig{namespace: newNamespace(t), images: newImages(images), valkey: startValkey(t)}
+	for i, image := range g.images {
+		for j := range each {
+			g.apps = append(g.apps, deployment{namespace: g.namespace, name: fmt.Sprintf("app-%d-%d", i, j), images: []string{image}})
+		}
+	}
+	createAll(t, g.apps)
+	g.recorder = record(t, g.namespace)
+	g.user = newWorkerUser(t, g.namespace)
+	g.ledger = newLedger()
+	return g
+}
+
+// launchWorker starts a worker for the rig's namespace. The API server and
+// Valkey may be proxies; empty is the real one.
+func (g *rig) launchWorker(t *testing.T, api, valkey string, settings ...string) *program {
+	t.Helper()
+	if api == "" {
+		api = sharedAPI.url
+	}
+	if valkey == "" {
+		valkey = g.valkey.addr
+	}
+	return launchWorker(t, programPath, valkey, g.user.kubeconfig(t, api), append([]string{"WORKER_NAMESPACES=" + g.namespace}, settings...)...)
+}
+
+func (g *rig) startWorker(t *testing.T, api, valkey string, settings ...string) *program {
+	t.Helper()
+	worker := g.launchWorker(t, api, valkey, settings...)
+	worker.waitReady(t, 20*time.Second)
+	return worker
+}
+
+func (g *rig) verify(t *testing.T, within time.Duration) {
+	t.Helper()
+	g.ledger.verify(t, g.valkey, g.recorder, g.apps, within)
+}
+
+// TestWorkerKilled: 500 events over 50 images and 200 Deployments, and the
+// worker gets a SIGKILL 20 times while they come in.
+func TestWorkerKilled(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 50, 4)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	worker := g.startWorker(t, "", "")
+	for i := range 20 {
+		wait := g.ledger.pushMany(t.Context(), c, g.images, 25)
+		time.Sleep(rand.N(250 * time.Millisecond))
+		worker.kill()
+		time.Sleep(rand.N(200 * time.Millisecond))
+		worker = g.launchWorker(t, "", "")
+		// Half of them are killed again whatever they were doing, half once
+		// they are at work.
+		if i%2 == 0 {
+			worker.waitReady(t, 20*time.Second)
+		}
+		if err := wait(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.verify(t, 30*time.Second)
+}
+
+// TestValkeyKilled: the same load, and Valkey gets a SIGKILL 20 times. It comes
+// back with what it had on disk.
+func TestValkeyKilled(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 50, 4)
+	web := startWeb(t, g.valkey.addr)
+	worker := g.startWorker(t, "", "")
+	c := newClient(web.url)
+	for i := range 20 {
+		wait := g.ledger.pushMany(t.Context(), c, g.images, 25)
+		time.Sleep(rand.N(250 * time.Millisecond))
+		g.valkey.kill()
+		time.Sleep(rand.N(300 * time.Millisecond))
+		g.valkey.start(t)
+		if err := wait(); err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			// Both find back by themselves, the worker before an event makes it.
+			web.waitReady(t, 5*time.Second)
+			worker.waitReady(t, 5*time.Second)
+		}
+	}
+	g.verify(t, 30*time.Second)
+}
+
+// TestAPIServerKilled: the worker's API server is killed and comes back, three
+// times. It is one of two on the same etcd: the recorder keeps watching the
+// other, which sees every generation.
+func TestAPIServerKilled(t *testing.T) {
+	t.Parallel()
+	second, err := startAPIServer(sharedAPI.bin, sharedEtcd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { second.proc.kill() })
+	g := newRig(t, 10, 2)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	worker := g.startWorker(t, second.url, "")
+	for range 3 {
+		wait := g.ledger.pushMany(t.Context(), c, g.images, 40)
+		time.Sleep(200 * time.Millisecond)
+		second.proc.kill()
+		if err := wait(); err != nil {
+			t.Fatal(err)
+		}
+		if err := second.start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(rand.N(time.Second))
+	}
+	// Retries back off up to a minute.
+	g.verify(t, 75*time.Second)
+	worker.waitReady(t, 5*time.Second)
+}
+
+// TestThreeWorkers: three at once, one of which is a second behind with every
+// patch: one restart per event and Deployment, and the newer of two events that
+// are a millisecond apart is the one that stays.
+func TestThreeWorkers(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 5, 4)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	slow := newAPIProxy(t, sharedAPI.url)
+	slow.set(delaying(time.Second, everyPatch))
+	g.startWorker(t, "", "")
+	g.startWorker(t, "", "")
+	g.startWorker(t, slow.url, "")
+
+	for round := range 3 {
+		var at []int64
+		for _, image := range g.images {
+			at = append(at, g.ledger.pushOnce(t, c, image))
+		}
+		for i, d := range g.apps {
+			g.recorder.waitRestartedAt(t, 10*time.Second, d, stamp(at[i/4]))
+		}
+		// The slow one comes with all its patches in this time.
+		time.Sleep(2 * time.Second)
+		for _, d := range g.apps {
+			if got := g.recorder.restarts(d); got != round+1 {
+				t.Errorf("%s was restarted %d times for %d events: %s", d.key(), got, round+1, describe(g.recorder.of(d)))
+			}
+		}
+	}
+	if seen := len(slow.patchesOf(g.apps[0])); seen == 0 {
+		t.Error("the slow worker never tried to patch, so nothing was shown")
+	}
+
+	for range 20 {
+		for _, image := range g.images {
+			one := make(chan error, 1)
+			go func() { one <- g.ledger.push(t.Context(), c, image) }()
+			time.Sleep(time.Millisecond)
+			if err := g.ledger.push(t.Context(), c, image); err != nil {
+				t.Error(err)
+			}
+			if err := <-one; err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	g.verify(t, 30*time.Second)
+}
+
+// TestCrossingImages: one Deployment, two images whose events cross in three
+// workers: the newest of both stays.
+func TestCrossingImages(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 0, 0)
+	g.images = newImages(2)
+	for i := range 5 {
+		g.apps = append(g.apps, deployment{namespace: g.namespace, name: fmt.Sprint("app-", i), images: g.images})
+	}
+	createAll(t, g.apps)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	slow := newAPIProxy(t, sharedAPI.url)
+	slow.set(delaying(300*time.Millisecond, everyPatch))
+	g.startWorker(t, "", "")
+	g.startWorker(t, "", "")
+	g.startWorker(t, slow.url, "")
+	for range 30 {
+		done := make(chan error, 2)
+		for _, image := range g.images {
+			go func() { done <- g.ledger.push(t.Context(), c, image) }()
+		}
+		for range g.images {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+		time.Sleep(rand.N(100 * time.Millisecond))
+	}
+	g.verify(t, 30*time.Second)
+}
+
+// TestWebReplaced: web is replaced under load, as a rolling update does it: the
+// new one is ready, the Service sends to it, the old one gets its SIGTERM.
+func TestWebReplaced(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 20, 2)
+	g.startWorker(t, "", "")
+	web := startWeb(t, g.valkey.addr)
+	service := newTCPProxy(t, strings.TrimPrefix(web.url, "http://"))
+	wait := g.ledger.pushMany(t.Context(), newClient("http://"+service.addr), g.images, 400)
+	for range 4 {
+		next := startWeb(t, g.valkey.addr)
+		service.retarget(strings.TrimPrefix(next.url, "http://"))
+		time.Sleep(50 * time.Millisecond) // connections that were being made arrive
+		web.signal(syscall.SIGTERM)
+		if code := web.exitCode(t, 15*time.Second); code != 0 {
+			t.Errorf("web exited with %d after SIGTERM", code)
+		}
+		web = next
+	}
+	if err := wait(); err != nil {
+		t.Error(err)
+	}
+	if g.ledger.retries > 0 {
+		t.Errorf("%d requests had to be tried again, and none should have: those in flight are answered", g.ledger.retries)
+	}
+	g.verify(t, 15*time.Second)
+}
+
+// TestInFlightAtSIGTERM: a request that is waiting for Valkey when web is told
+// to stop gets its answer.
+func TestInFlightAtSIGTERM(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 1, 1)
+	g.startWorker(t, "", "")
+	network := newTCPProxy(t, g.valkey.addr)
+	web := startWeb(t, network.addr)
+	c := newClient(web.url)
+	network.set(stall)
+	done := make(chan error, 1)
+	go func() { done <- g.ledger.push(t.Context(), c, g.images[0]) }()
+	time.Sleep(300 * time.Millisecond)
+	web.signal(syscall.SIGTERM)
+	time.Sleep(500 * time.Millisecond)
+	network.set(pass)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if g.ledger.retries > 0 {
+		t.Error("the request in flight was not answered")
+	}
+	if code := web.exitCode(t, 10*time.Second); code != 0 {
+		t.Errorf("web exited with %d", code)
+	}
+	g.verify(t, 10*time.Second)
+}
+
+// TestHandover: a worker that is stopped finishes the patch in flight, and what
+// it could not do the next one does.
+func TestHandover(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 1, 3)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	api := newAPIProxy(t, sharedAPI.url)
+
+	api.set(delaying(time.Second, everyPatch))
+	worker := g.startWorker(t, api.url, "")
+	at := g.ledger.pushOnce(t, c, g.images[0])
+	eventually(t, 5*time.Second, "all patches are under way", func() error {
+		for _, d := range g.apps {
+			if len(api.patchesOf(d)) == 0 {
+				return fmt.Errorf("none for %s", d.key())
+			}
+		}
+		return nil
+	})
+	worker.signal(syscall.SIGTERM)
+	if code := worker.exitCode(t, 15*time.Second); code != 0 {
+		t.Errorf("the worker exited with %d", code)
+	}
+	for _, d := range g.apps {
+		if got := restartedAt(d.get(t)); got != stamp(at) {
+			t.Errorf("%s: the patch in flight was cut off: restartedAt is %q, want %s", d.key(), got, stamp(at))
+		}
+	}
+
+	api.set(answering(500, "", everyPatch))
+	worker = g.startWorker(t, api.url, "")
+	g.ledger.pushOnce(t, c, g.images[0])
+	eventually(t, 5*time.Second, "the worker has failed to patch", func() error {
+		if n := len(api.patchesOf(g.apps[0])); n < 3 {
+			return fmt.Errorf("%d tries", n)
+		}
+		return nil
+	})
+	worker.signal(syscall.SIGTERM)
+	if code := worker.exitCode(t, 15*time.Second); code != 0 {
+		t.Errorf("the worker exited with %d", code)
+	}
+	g.startWorker(t, "", "")
+	g.verify(t, 10*time.Second)
+}
+
+// TestClocks: one web has a clock that is an hour ahead, and so have its
+// tokens; then the worker has. T is Valkey's, so nothing changes.
+func TestClocks(t *testing.T) {
+	// Before Parallel: a build beside them would slow down all other tests.
+	ahead, err := skewedPath()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Parallel()
+	g := newRig(t, 6, 2)
+	worker := g.startWorker(t, "", "")
+	right := newClient(startWeb(t, g.valkey.addr).url)
+	wrongWeb := launchWeb(t, ahead, g.valkey.addr)
+	wrongWeb.waitReady(t, 20*time.Second)
+	wrong := newClient(wrongWeb.url)
+	wrong.now = func() time.Time { return time.Now().Add(time.Hour) }
+	if a, err := wrong.post(t.Context(), github.mint(time.Now(), nil), imageBody(newImage())); err != nil || a.status != http.StatusUnauthorized {
+		t.Fatalf("the web that is an hour ahead answers a token of now with %d, %v: its clock is not ahead", a.status, err)
+	}
+
+	var last int64
+	for i := range 60 {
+		c := right
+		if i%2 == 0 {
+			c = wrong
+		}
+		at := g.ledger.pushOnce(t, c, g.images[i%5])
+		if now := g.valkey.now(t); at <= last || at > now || at < now-5e6 {
+			t.Errorf("T is %s after %s, and Valkey's clock says %s", stamp(at), stamp(last), stamp(now))
+		}
+		last = at
+	}
+	g.verify(t, 10*time.Second)
+
+	// A worker an hour ahead: everything on record is as old as its window by
+	// its own clock, and somebody's laptop, half an hour ahead, is in its past.
+	worker.kill()
+	for _, image := range g.images {
+		g.ledger.pushOnce(t, right, image)
+	}
+	laptop := g.apps[0]
+	laptop.annotate(t, time.Now().Add(30*time.Minute).UTC().Format(time.RFC3339))
+	wrongWorker := launchWorker(t, ahead, g.valkey.addr, g.user.kubeconfig(t, sharedAPI.url), "WORKER_NAMESPACES="+g.namespace)
+	wrongWorker.waitReady(t, 20*time.Second)
+	for _, image := range g.images {
+		g.ledger.pushOnce(t, right, image)
+	}
+	g.verify(t, 10*time.Second)
+}
+
+// TestForeignRestartedAt: a restartedAt that somebody's own clock wrote. From
+// the future it swallows nothing; between T and now it is the restart that T
+// asked for.
+func TestForeignRestartedAt(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 2, 4)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	future, byHand := g.images[0], g.images[1]
+	worker := g.startWorker(t, "", "")
+	for i, value := range []string{"2099-01-01T00:00:00Z", time.Now().Add(5 * time.Minute).In(time.FixedZone("", 7200)).Format(time.RFC3339), "soon", "2099-01-01T00:00:00.5Z"} {
+		g.apps[i].annotate(t, value)
+	}
+	first := g.ledger.pushOnce(t, c, future)
+	for _, d := range g.apps[:4] {
+		g.recorder.waitRestartedAt(t, 5*time.Second, d, stamp(first))
+	}
+	g.apps[0].annotate(t, "2099-01-01T00:00:00Z") // once more, over ours
+	g.ledger.pushOnce(t, c, future)
+
+	// kubectl rollout restart while no worker was there.
+	eventually(t, 5*time.Second, "the second event was delivered", func() error {
+		if got := g.recorder.restarts(g.apps[3]); got != 3 { // annotated, and twice restarted
+			return fmt.Errorf("%d generations", got)
+		}
+		return nil
+	})
+	worker.kill()
+	c.mustPush(t, byHand) // not in the ledger: no restart is due
+	time.Sleep(1100 * time.Millisecond)
+	kubectl := time.Now().UTC().Format(time.RFC3339) // whole seconds, cut off: still after T
+	for _, d := range g.apps[4:] {
+		d.annotate(t, kubectl)
+	}
+	g.startWorker(t, "", "")
+	g.recorder.mustNotChange(t, g.apps[4], 2*time.Second)
+	for _, d := range g.apps[4:] {
+		if got := restartedAt(d.get(t)); got != kubectl {
+			t.Errorf("%s was restarted at %s although somebody did so after the event, at %s", d.key(), got, kubectl)
+		}
+	}
+	g.verify(t, 10*time.Second)
+}
+
+// TestTenThousandRecorded: catch-up of 10,000 images takes less than a second,
+// and an event costs what it costs without them.
+//
+// Not parallel, for the figures' sake.
+func TestTenThousandRecorded(t *testing.T) {
+	measure := func(recordedImages int) (start, event time.Duration) {
+		g := newRig(t, 2, 1)
+		now := g.valkey.now(t)
+		command := []string{"ZADD", recorded}
+		for i := range recordedImages {
+			command = append(command, fmt.Sprint(now-int64(i)*1000-1), fmt.Sprintf("ghcr.io/acme/e2e/recorded-%d:dev", i))
+		}
+		if recordedImages > 0 {
+			g.valkey.must(t, command...)
+		}
+		c := newClient(startWeb(t, g.valkey.addr).url)
+		at := g.ledger.pushOnce(t, c, g.images[0]) // for catch-up to find
+		begun := time.Now()
+		g.startWorker(t, "", "")
+		start = g.recorder.waitRestartedAt(t, 20*time.Second, g.apps[0], stamp(at)).seen.Sub(begun)
+		var took []time.Duration
+		for range 21 {
+			token := github.mint(time.Now(), nil)
+			begun := time.Now()
+			a, err := c.post(t.Context(), token, imageBody(g.images[1]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, at, err := a.accepted()
+			if err != nil {
+				t.Fatal(err)
+			}
+			g.ledger.accepted[g.images[1]] = append(g.ledger.accepted[g.images[1]], at)
+			took = append(took, g.recorder.waitRestartedAt(t, 10*time.Second, g.apps[1], stamp(at)).seen.Sub(begun))
+		}
+		slices.Sort(took)
+		g.verify(t, 10*time.Second)
+		return start, took[len(took)/2]
+	}
+	emptyStart, emptyEvent := measure(0)
+	fullStart, fullEvent := measure(10000)
+	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	fmt.Printf("%s: start of the worker to the restart it owed: %.0f ms with 1 image recorded, %.0f ms with 10,000; one event: %.1f ms and %.1f ms\n",
+		t.Name(), ms(emptyStart), ms(fullStart), ms(emptyEvent), ms(fullEvent))
+	if fullStart-emptyStart > time.Second {
+		t.Errorf("10,000 recorded images delay catch-up by %s", fullStart-emptyStart)
+	}
+	if fullEvent > 4*emptyEvent+20*time.Millisecond {
+		t.Errorf("an event takes %s with 10,000 images recorded, %s without", fullEvent, emptyEvent)
+	}
+}

@@ -1,0 +1,119 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/valkey-io/valkey-go"
+)
+
+// channel is the default of VALKEY_CHANNEL, and recorded the sorted set in
+// which web keeps when each image was last asked for.
+const (
+	channel  = "kuberollouttrigger"
+	recorded = channel + ":requested"
+)
+
+// valkeyServer is one valkey-server with a directory and a port of its own, so
+// that it can be killed and come back with what it had on disk.
+type valkeyServer struct {
+	addr   string
+	args   []string
+	proc   *process
+	client valkey.Client // the test's own, for looking in
+}
+
+func startValkey(t *testing.T, extra ...string) *valkeyServer {
+	t.Helper()
+	v := newValkey(t, extra...)
+	v.start(t)
+	return v
+}
+
+// newValkey is a Valkey that is not running yet.
+func newValkey(t *testing.T, extra ...string) *valkeyServer {
+	t.Helper()
+	port := mustPort(t)
+	return &valkeyServer{
+		addr: fmt.Sprintf("127.0.0.1:%d", port),
+		args: append([]string{"--bind", "127.0.0.1", "--port", fmt.Sprint(port), "--dir", t.TempDir(),
+			// As k8s/ has it: what was answered with 202 must survive a kill.
+			"--appendonly", "yes", "--appendfsync", "always", "--save", ""}, extra...),
+	}
+}
+
+// start starts it, again after a kill, and waits until it answers.
+func (v *valkeyServer) start(t *testing.T) {
+	t.Helper()
+	var err error
+	if v.proc, err = startProcess("valkey", []string{"PATH=" + os.Getenv("PATH")}, "valkey-server", v.args...); err != nil {
+		t.Fatal(err)
+	}
+	proc := v.proc
+	t.Cleanup(proc.kill)
+	eventually(t, 15*time.Second, "valkey-server answers PING", func() error {
+		if proc.exited() {
+			return fmt.Errorf("it exited:\n%s", proc.stdout.tail(20))
+		}
+		if v.client == nil {
+			client, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{v.addr}, ForceSingleClient: true, DisableCache: true})
+			if err != nil {
+				return err
+			}
+			t.Cleanup(client.Close)
+			v.client = client
+		}
+		return v.do(t, "PING").Error()
+	})
+}
+
+func (v *valkeyServer) kill() { v.proc.kill() }
+
+// do runs one command as the default user.
+func (v *valkeyServer) do(t *testing.T, command ...string) valkey.ValkeyResult {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 5*time.Second)
+	defer cancel()
+	return v.client.Do(ctx, v.client.B().Arbitrary(command...).Build())
+}
+
+// must is do for a command that cannot fail.
+func (v *valkeyServer) must(t *testing.T, command ...string) valkey.ValkeyResult {
+	t.Helper()
+	result := v.do(t, command...)
+	if err := result.Error(); err != nil && !valkey.IsValkeyNil(err) {
+		t.Fatalf("valkey: %s: %v", strings.Join(command, " "), err)
+	}
+	return result
+}
+
+// requestedAt is the T on record for an image, in µs, 0 if there is none.
+func (v *valkeyServer) requestedAt(t *testing.T, image string) int64 {
+	t.Helper()
+	result := v.must(t, "ZSCORE", recorded, image)
+	if valkey.IsValkeyNil(result.Error()) {
+		return 0
+	}
+	score, err := result.AsFloat64()
+	if err != nil {
+		t.Fatalf("valkey: ZSCORE %s %s: %v", recorded, image, err)
+	}
+	return int64(score) // µs until 2255 are exact in a double
+}
+
+// now is the clock of Valkey, in µs.
+func (v *valkeyServer) now(t *testing.T) int64 {
+	t.Helper()
+	parts, err := v.must(t, "TIME").AsStrSlice()
+	if err != nil || len(parts) != 2 {
+		t.Fatalf("valkey: TIME: %v, %v", parts, err)
+	}
+	var sec, usec int64
+	if _, err := fmt.Sscan(parts[0]+" "+parts[1], &sec, &usec); err != nil {
+		t.Fatal(err)
+	}
+	return sec*1e6 + usec
+}
