@@ -210,7 +210,7 @@ func (v *verifier) checkClaims(members map[string]json.RawMessage) (claims, erro
 	if err := v.checkTimes(members); err != nil {
 		return nil, err
 	}
-	for _, name := range []string{"sub", "repository", "repository_owner", "repository_id", "repository_owner_id"} {
+	for _, name := range []string{"sub", "repository_owner", "repository_id", "repository_owner_id"} {
 		if c[name] == "" {
 			return nil, fmt.Errorf("claim %s: %s, expected a string", name, c.shown(name))
 		}

@@ -27,6 +27,8 @@ import (
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
+
+	"github.com/go-jose/go-jose/v4"
 )
 
 // newTestVerifier has the issuer's keys and no background.
@@ -242,6 +244,7 @@ func TestVerifyRefuses(t *testing.T) {
 		{"iss over http", claim("iss", strings.Replace(issuer.URL, "https", "http", 1)), `claim iss: "http:`},
 		{"iss in upper case", claim("iss", strings.ToUpper(issuer.URL)), `claim iss: "HTTPS`},
 		{"iss of an enterprise", claim("iss", issuer.URL+"/acme"), "claim iss: "},
+		{"iss of 2 kB", claim("iss", strings.Repeat("\u20ac", 700)), "claim iss: "},
 		{"iss array", claim("iss", []string{issuer.URL}), "claim iss: absent or not a string"},
 
 		{"aud missing", claim("aud", nil), "claim aud: "},
@@ -569,6 +572,11 @@ func TestIssuerDownAtStart(t *testing.T) {
 		if _, err := v.verify("x"); err == nil || errors.Is(err, errNoKeys) {
 			t.Errorf("verify: %v", err)
 		}
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		if n := issuer.discoveryFetches.Load(); n < 4 || n > 5 { // after about 0, 1, 3, 7 s
+			t.Errorf("%d attempts in 10 s", n)
+		}
 		time.Sleep(5 * time.Minute)
 		synctest.Wait()
 		if n := issuer.discoveryFetches.Load(); n < 10 || n > 20 {
@@ -719,7 +727,10 @@ func TestRefresh(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tokensOf := issuer.URL + "/.well-known/jwks"
+	keysAt := issuer.URL + "/.well-known/jwks"
+	// go-jose's own limit is a variable; ours holds without it.
+	defer func(limit int) { jose.MaxRSAModulusBits = limit }(jose.MaxRSAModulusBits)
+	jose.MaxRSAModulusBits = 16384
 
 	for _, test := range []struct {
 		name            string
@@ -728,11 +739,11 @@ func TestRefresh(t *testing.T) {
 		err             string
 	}{
 		{name: "GitHub's", want: []string{issuer.signing.kid}},
-		{name: "other issuer", discovery: discovery("https://evil.example", tokensOf), err: `issuer is "https://evil.example"`},
-		{name: "issuer with a slash", discovery: discovery(issuer.URL+"/", tokensOf), err: "issuer is "},
-		{name: "no issuer", discovery: body(`{"jwks_uri":"` + tokensOf + `"}`), err: `issuer is ""`},
-		{name: "Issuer", discovery: body(`{"Issuer":"` + issuer.URL + `","jwks_uri":"` + tokensOf + `"}`), err: `issuer is ""`},
-		{name: "jwks_uri over http", discovery: discovery(issuer.URL, "http://"+strings.TrimPrefix(tokensOf, "https://")), err: "is not an https URL"},
+		{name: "other issuer", discovery: discovery("https://evil.example", keysAt), err: `issuer is "https://evil.example"`},
+		{name: "issuer with a slash", discovery: discovery(issuer.URL+"/", keysAt), err: "issuer is "},
+		{name: "no issuer", discovery: body(`{"jwks_uri":"` + keysAt + `"}`), err: `issuer is ""`},
+		{name: "Issuer", discovery: body(`{"Issuer":"` + issuer.URL + `","jwks_uri":"` + keysAt + `"}`), err: `issuer is ""`},
+		{name: "jwks_uri over http", discovery: discovery(issuer.URL, "http://"+strings.TrimPrefix(keysAt, "https://")), err: "is not an https URL"},
 		{name: "jwks_uri missing", discovery: discovery(issuer.URL, ""), err: "is not an https URL"},
 		{name: "jwks_uri without a host", discovery: discovery(issuer.URL, "https:///jwks"), err: "is not an https URL"},
 		{name: "jwks_uri of a file", discovery: discovery(issuer.URL, "file:///etc/passwd"), err: "is not an https URL"},
@@ -808,6 +819,28 @@ func TestRefresh(t *testing.T) {
 		})
 	}
 }
+
+// TestEndlessDocument: no more is read than can be used.
+func TestEndlessDocument(t *testing.T) {
+	read := 0
+	client := &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+		return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(readFunc(func(p []byte) (int, error) {
+			if read += len(p); read > 4*maxKeyDocument {
+				return 0, errors.New("still reading")
+			}
+			clear(p)
+			return len(p), nil
+		}))}, nil
+	})}
+	v := newVerifier("https://issuer.example", testAudience, client, slog.New(slog.DiscardHandler), time.Now)
+	if err := v.refresh(t.Context()); err == nil || !strings.Contains(err.Error(), "more than 1048576 bytes") {
+		t.Error(err)
+	}
+}
+
+type readFunc func([]byte) (int, error)
+
+func (f readFunc) Read(p []byte) (int, error) { return f(p) }
 
 // TestIssuerWithPath: enterprise slugs and GHES have one, GitHub's slug points
 // at the root's JWKS, and a final slash counts in iss but not in the address.
