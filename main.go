@@ -159,7 +159,7 @@ func runWeb(ctx context.Context, args []string, getenv func(string) string, stdo
 func serveWeb(ctx context.Context, cfg *config, issuer *http.Client, log *slog.Logger) error {
 	policy, err := newPolicy(cfg.Web.Orgs, cfg.Web.OrgIDs, cfg.Web.TrustPolicy)
 	if err != nil {
-		return usageError{fmt.Errorf("TRUST_POLICY (--trust-policy): %w", err)}
+		return usageError{err}
 	}
 	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes)
 	verifier := newVerifier(cfg.Web.Issuer, cfg.Web.Audience, issuer, log, time.Now)
