@@ -26,7 +26,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// docStep is the step of docs/github-actions.md, with its workflow's permissions.
+// docStep is the step that docs/github-actions.md shows.
 type docStep struct {
 	Shell, Run string
 	Env        map[string]string
@@ -306,6 +306,10 @@ func TestDocumentedWorkflow(t *testing.T) {
 		}
 	})
 
+	file := filepath.Join(t.TempDir(), "body")
+	if err := os.WriteFile(file, []byte(`{"image":"ghcr.io/acme/api:dev"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		name, variable, value string
 		hints                 []string
@@ -316,7 +320,7 @@ func TestDocumentedWorkflow(t *testing.T) {
 			[]string{"::error::the request is wrong (400)", "say which tag was pushed"}},
 		{"a body that is too large", "BODY", `{"image":"` + strings.Repeat("a", maxRequestBytes) + `"}`,
 			[]string{"::error::the request is wrong (413)", "send fewer tags"}},
-		{"a body that looks like curl's file", "BODY", `@/etc/hostname`,
+		{"a body that looks like curl's file", "BODY", "@" + file,
 			[]string{"::error::the request is wrong (400)"}},
 		{"another audience", "AUDIENCE", "https://other.example.com",
 			[]string{"::error::the token was refused", "AUDIENCE"}},

@@ -143,7 +143,8 @@ func (r *rule) allows(c claims, image string) bool {
 // match is an error: a policy that means something else than its author must
 // not start.
 func parseRules(text string) ([]rule, error) {
-	//lint:ignore SA1019 sigs.k8s.io/yaml itself reads only the first document, and makes strings of keys that are none
+	// sigs.k8s.io/yaml itself reads only the first document, and makes strings of
+	// keys that are none.
 	decoder := yaml.NewDecoder(strings.NewReader(text))
 	decoder.SetStrict(true) // duplicate keys
 	var document any
