@@ -96,7 +96,7 @@ func TestOneEvent(t *testing.T) {
 		}
 		managers = append(managers, entry.Manager)
 		const fields = `{"f:spec":{"f:template":{"f:metadata":{"f:annotations":{"f:kubectl.kubernetes.io/restartedAt":{}}}}}}`
-		if got := string(entry.FieldsV1.Raw); got != fields || entry.Operation != "Update" {
+		if got := entry.FieldsV1.GetRawString(); got != fields || entry.Operation != "Update" {
 			t.Errorf("manager %s made an %s of %s, want an Update of %s", entry.Manager, entry.Operation, got, fields)
 		}
 	}

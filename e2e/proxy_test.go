@@ -198,7 +198,6 @@ type apiProxy struct {
 	deaf      bool // watches get nothing any more
 	patches   map[string][]patchSeen
 	lifted    chan struct{} // closed and replaced whenever intercept changes
-	watches   int
 }
 
 // patchSeen is one PATCH of a Deployment and how it was answered.
@@ -288,13 +287,6 @@ func (p *apiProxy) patchesOf(d deployment) []patchSeen {
 	return append([]patchSeen(nil), p.patches[d.key()]...)
 }
 
-// watchesOpened is how many watches of Deployments were asked for so far.
-func (p *apiProxy) watchesOpened() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.watches
-}
-
 // patched is the key of the Deployment a PATCH is for.
 func patched(r *http.Request) (key string, ok bool) {
 	parts := strings.Split(r.URL.Path, "/") // "", apis, apps, v1, namespaces, NS, deployments, NAME
@@ -313,9 +305,6 @@ func (p *apiProxy) serve(upstream http.Handler, w http.ResponseWriter, r *http.R
 	answer := &answerWriter{ResponseWriter: w}
 	if isWatch(r) {
 		answer.swallow = p.isDeaf
-		p.mu.Lock()
-		p.watches++
-		p.mu.Unlock()
 	}
 	if key, ok := patched(r); ok {
 		body, _ := io.ReadAll(r.Body)
