@@ -268,6 +268,22 @@ func TestDocsLogMessages(t *testing.T) {
 	}
 }
 
+// The figures that docs/architecture.md gives are the code's.
+func TestDocsFigures(t *testing.T) {
+	text := readDoc(t, "docs/architecture.md")
+	for _, figure := range []string{
+		fmt.Sprintf("growing pauses of at most %.0f seconds", maxBackoff.Seconds()),
+		fmt.Sprintf("`Retry-After` says, up to %.0f minutes", maxRetryAfter.Minutes()),
+		fmt.Sprintf("brings nothing for %.0f seconds", watchSilence.Seconds()),
+		fmt.Sprintf("noticed within %d seconds", 2*http2TimeoutSeconds),
+		fmt.Sprintf("and every %.0f seconds", catchUpEvery.Seconds()),
+	} {
+		if !strings.Contains(text, figure) {
+			t.Errorf("docs/architecture.md does not say %q", figure)
+		}
+	}
+}
+
 func TestDocsLinks(t *testing.T) {
 	linkRE := regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	headingRE := regexp.MustCompile(`(?m)^#+ (.+)$`)

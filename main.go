@@ -35,6 +35,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -221,6 +222,10 @@ func serveWorker(ctx context.Context, cfg *config, client dynamic.Interface, log
 	return serveAll(ctx, ops, nil, &stopping, worker.run)
 }
 
+// http2TimeoutSeconds is how long a connection to the API server may be idle
+// before it is pinged, and how long the answer may take.
+const http2TimeoutSeconds = 5
+
 // newKubernetesClient uses KUBECONFIG, which may list several files, or the
 // ServiceAccount of the pod.
 func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
@@ -246,7 +251,7 @@ func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
 	// client-go reads these limits from the environment alone.
 	for _, name := range []string{"HTTP2_READ_IDLE_TIMEOUT_SECONDS", "HTTP2_PING_TIMEOUT_SECONDS"} {
 		if os.Getenv(name) == "" {
-			os.Setenv(name, "5")
+			os.Setenv(name, strconv.Itoa(http2TimeoutSeconds))
 		}
 	}
 	rc.UserAgent = "kuberollouttrigger/" + strings.ReplaceAll(versionString(), " ", "_")

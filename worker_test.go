@@ -511,6 +511,25 @@ func TestOutdatedRecord(t *testing.T) {
 	}
 }
 
+// A Deployment whose record was outdated is patched as soon as the watch brings
+// the newer one, however long the backoff has become.
+func TestConflictIsRetriedWhenTheWatchCatchesUp(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	w := startTestWorker(t, kube)
+	key := types.NamespacedName{Namespace: "a", Name: "api"}
+	for range 20 {
+		w.backoff.When(key) // the next wait is maxBackoff, longer than this test
+	}
+	kube.changeUnseen(func() {
+		kube.store("a/api", clone(kube.objects["a/api"]), "MODIFIED")
+	})
+	at := w.publish(apiDev)
+	eventually(t, "the outdated record is refused", func() bool { return w.logs.has("changed meanwhile", `"deployment":"api"`) })
+	kube.change("a/api", func(o map[string]any) { o["status"] = map[string]any{"replicas": 1} })
+	w.awaitRestart("a/api", at)
+}
+
 // Events for two images of one Deployment cross each other in three workers on
 // a slow API: restartedAt only ever grows, and ends at the newest.
 func TestCrossingEventsInThreeWorkers(t *testing.T) {
