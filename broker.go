@@ -269,11 +269,11 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger, adjust func(*valkey.Cli
 		if cfg.TLSCAFile != "" {
 			pem, err := os.ReadFile(cfg.TLSCAFile)
 			if err != nil {
-				return nil, fmt.Errorf("reading VALKEY_TLS_CA_FILE: %w", err)
+				return nil, usageError{fmt.Errorf("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): %w", err)}
 			}
 			o.TLSConfig.RootCAs = x509.NewCertPool()
 			if !o.TLSConfig.RootCAs.AppendCertsFromPEM(pem) {
-				return nil, fmt.Errorf("VALKEY_TLS_CA_FILE %s has no PEM certificate", cfg.TLSCAFile)
+				return nil, usageError{fmt.Errorf("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): %q has no PEM certificate", cfg.TLSCAFile)}
 			}
 		}
 	}
@@ -309,7 +309,11 @@ func valkeyError(doing string, err error) error {
 	if !ok {
 		return wrapped
 	}
-	switch code, _, _ := strings.Cut(refused.Error(), " "); code {
+	code, _, _ := strings.Cut(refused.Error(), " ")
+	if strings.Contains(refused.Error(), "ACL failure in script") {
+		code = "NOPERM" // as a command in a script is told
+	}
+	switch code {
 	case "NOAUTH", "WRONGPASS":
 		return &refusedError{wrapped, "check VALKEY_USERNAME and VALKEY_PASSWORD"}
 	case "NOPERM":

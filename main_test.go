@@ -61,6 +61,7 @@ func TestCommandLine(t *testing.T) {
 		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=/none", code: 1, stderr: "reading the Kubernetes configuration"},
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", vars: secret, code: 1, stderr: "listening for web"},
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy)"},
+		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=testdata/kubeconfig --valkey-tls-enabled --valkey-tls-ca-file=go.mod", code: 2, stderr: "go.mod\" has no PEM certificate"},
 		{args: "dev", code: 2, stderr: `unknown subcommand "dev"`},
 	} {
 		if tt.args == "dev" && devBuild() {

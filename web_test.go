@@ -270,6 +270,36 @@ func TestValkeyAway(t *testing.T) {
 	})
 }
 
+// What only an operator can mend says what to mend, and is not tried four times
+// a second.
+func TestValkeyRefuses(t *testing.T) {
+	m, cfg := testValkey(t)
+	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pub.close)
+	for answer, want := range map[string]struct {
+		hint  string
+		delay time.Duration
+	}{
+		"NOAUTH Authentication required.":     {"check VALKEY_USERNAME and VALKEY_PASSWORD", configurationDelay},
+		"WRONGPASS invalid username-password": {"check VALKEY_USERNAME and VALKEY_PASSWORD", configurationDelay},
+		"NOPERM no permissions":               {"check this user's ACL", configurationDelay},
+		"ERR ACL failure in script: User web has no permissions to run the 'zadd' command": {"check this user's ACL", configurationDelay},
+		"WRONGTYPE Operation against a key holding the wrong kind of value":                {"choose another VALKEY_CHANNEL", configurationDelay},
+		"LOADING Valkey is loading the dataset in memory":                                  {"LOADING", transientDelay},
+		"READONLY You can't write against a read only replica.":                            {"READONLY", transientDelay},
+		"OOM command not allowed when used memory > 'maxmemory'.":                          {"OOM", transientDelay},
+	} {
+		m.SetError(answer)
+		_, _, err := pub.publish(t.Context(), []string{apiDev})
+		if err == nil || !strings.Contains(err.Error(), want.hint) || retryDelay(err) != want.delay {
+			t.Errorf("%s: %v, try again in %s", answer, err, retryDelay(err))
+		}
+	}
+}
+
 // A Valkey that takes the connection and never answers must not hold the job.
 func TestValkeySilent(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

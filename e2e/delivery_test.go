@@ -467,7 +467,11 @@ func TestTenThousandRecorded(t *testing.T) {
 	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	fmt.Printf("%s: start of the worker to the restart it owed: %.0f ms with 1 image recorded, %.0f ms with 10,000; one event: %.1f ms and %.1f ms\n",
 		t.Name(), ms(emptyStart), ms(fullStart), ms(emptyEvent), ms(fullEvent))
-	if fullStart-emptyStart > time.Second {
+	bound := time.Second
+	if raceDetecting {
+		bound = 5 * time.Second // the race detector makes parsing ten times as dear
+	}
+	if fullStart-emptyStart > bound {
 		t.Errorf("10,000 recorded images delay catch-up by %s", fullStart-emptyStart)
 	}
 	if fullEvent > 4*emptyEvent+20*time.Millisecond {
