@@ -45,24 +45,26 @@ const (
 // publishScript records the images in ARGV[2:] in the set KEYS[1] and announces
 // them on the channel ARGV[1], all or none. T is one for all of them, later
 // than any T recorded for one of them, and read off Valkey's clock, so that any
-// number of web replicas agree. Scores are written with %.0f because cjson and
+// number of web replicas agree. A T more than a day ahead was left by a clock
+// that was wrong; worker ignores it, and it is written over. Scores are written with %.0f because cjson and
 // tostring print 14 digits; a double holds these 16 exactly until 2255. The
 // message is put together by hand because cjson escapes slashes; a canonical
 // reference has nothing that JSON would escape.
 var publishScript = valkey.NewLuaScript(fmt.Sprintf(`
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
+local day = %d
 local t = now
 for i = 2, #ARGV do
   local last = redis.call('ZSCORE', KEYS[1], ARGV[i])
-  if last and tonumber(last) >= t then t = tonumber(last) + 1 end
+  if last and tonumber(last) >= t and tonumber(last) <= now + day then t = tonumber(last) + 1 end
 end
 local at = string.format('%%.0f', t)
 local subscribers = 0
 for i = 2, #ARGV do
   redis.call('ZADD', KEYS[1], at, ARGV[i])
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('(%%.0f', now - %d))
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('(%%.0f', now - day))
 for i = 2, #ARGV do
   subscribers = redis.call('PUBLISH', ARGV[1], '{"image":"' .. ARGV[i] .. '","requestedAt":' .. at .. '}')
 end

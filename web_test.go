@@ -399,6 +399,16 @@ func TestRequestedAtGrows(t *testing.T) {
 			t.Errorf("step %d: T is %d, want %d", i, got, step.want)
 		}
 	}
+	// A clock that was years ahead and is right again left a T behind.
+	if _, err := m.ZAdd("krt:requested", noon+3*365*24*3600*1_000_000, "ghcr.io/acme/ahead:dev"); err != nil {
+		t.Fatal(err)
+	}
+	if got := publish(noon+8, "ghcr.io/acme/ahead:dev"); got != noon+8 {
+		t.Errorf("after a wrong clock: T is %d, want %d", got, noon+8)
+	}
+	if _, err := m.ZRem("krt:requested", "ghcr.io/acme/ahead:dev"); err != nil {
+		t.Fatal(err)
+	}
 	// A day later the record holds what is new and what is not yet a day old.
 	day := keepRecorded.Microseconds()
 	publish(noon+day+2, "ghcr.io/acme/c:dev")

@@ -103,9 +103,7 @@ func (w *worker) run(ctx context.Context) error {
 	defer cancel()
 	var wg sync.WaitGroup
 	wg.Go(func() { w.source.run(ctx, w.announced, w.catchUpSoon) })
-	if w.cfg.CatchUp > 0 {
-		wg.Go(func() { w.catchUpLoop(ctx) })
-	}
+	wg.Go(func() { w.catchUpLoop(ctx) })
 	var err error
 	wg.Go(func() {
 		defer cancel()
@@ -146,6 +144,9 @@ func (w *worker) announced(message string) {
 	if err == nil && !w.prefixes.allows(e.Image) {
 		err = fmt.Errorf("image %s is not under ALLOWED_IMAGE_PREFIX", e.Image)
 	}
+	if err == nil && w.tooFarAhead(e.RequestedAt) {
+		err = fmt.Errorf("requestedAt %d of image %s is more than %s ahead of valkey's clock", e.RequestedAt, e.Image, keepRecorded)
+	}
 	if err != nil {
 		w.log.Warn("message ignored", "err", err)
 		return
@@ -154,6 +155,13 @@ func (w *worker) announced(message string) {
 		e.RequestedAt = w.clock().UnixMicro()
 	}
 	w.note(e, w.now())
+}
+
+// tooFarAhead says whether T is a day or more in the future. A clock of Valkey's
+// that was wrong and is right again can leave one behind. If worker wrote it, it
+// would swallow every request until then.
+func (w *worker) tooFarAhead(at int64) bool {
+	return at > w.clock().Add(keepRecorded).UnixMicro()
 }
 
 // note remembers a request and queues the Deployments that run its image. The
@@ -245,8 +253,13 @@ func (w *worker) catchUpLoop(ctx context.Context) {
 }
 
 // catchUp notes what is on record within the window. It does so image by image,
-// never by one mark for all, below which a late entry would fall.
+// never by one mark for all, below which a late entry would fall. What no longer
+// counts is forgotten, also with WORKER_CATCH_UP=0, which reads nothing.
 func (w *worker) catchUp(ctx context.Context) error {
+	if w.cfg.CatchUp == 0 {
+		w.forget(w.clock())
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, catchUpLimit)
 	defer cancel()
 	entries, clock, err := w.source.recorded(ctx, w.window)
@@ -265,11 +278,12 @@ func (w *worker) catchUp(ctx context.Context) error {
 // found notes one recorded request, trusted no more than a message.
 func (w *worker) found(entry valkey.ZScore) {
 	image, err := parseImage(entry.Member)
-	if err != nil || !w.prefixes.allows(image) {
-		w.log.Debug("recorded request ignored", "image", cut(entry.Member))
+	at := int64(entry.Score)
+	if err != nil || !w.prefixes.allows(image) || w.tooFarAhead(at) {
+		w.log.Debug("recorded request ignored", "image", cut(entry.Member), "score", entry.Score)
 		return
 	}
-	w.note(event{image, int64(entry.Score)}, time.Time{})
+	w.note(event{image, at}, time.Time{})
 }
 
 // forget drops requests that no longer count, so that memory is bounded by what

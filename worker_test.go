@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -367,6 +368,9 @@ func TestCatchUp(t *testing.T) {
 	m.ZAdd("krt:requested", float64(time.Now().Add(-2*time.Hour).UnixMicro()), "ghcr.io/acme/web:dev")
 	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), "docker.io/library/nginx:latest")
 	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), "NOT A REFERENCE")
+	for _, score := range []float64{float64(time.Now().Add(25 * time.Hour).UnixMicro()), 1e300, math.Inf(1)} {
+		m.ZAdd("krt:requested", score, fmt.Sprintf("ghcr.io/acme/far-%g:dev", score))
+	}
 
 	w := startWorkerOn(t, kube, m, cfg)
 	w.awaitRestart("a/api", formatTime(at))
@@ -403,6 +407,15 @@ func TestNoCatchUp(t *testing.T) {
 	if n := len(kube.patchesOf("a/api")); n != 0 {
 		t.Errorf("patched %d times", n)
 	}
+	// What is older than it is retried is forgotten all the same.
+	w.note(event{apiDev, time.Now().Add(-3 * time.Hour).UnixMicro()}, time.Time{})
+	w.catchUpSoon()
+	eventually(t, "it is forgotten", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		_, ok := w.requests[apiDev]
+		return !ok
+	})
 }
 
 func TestFailedPatchIsRetried(t *testing.T) {
@@ -620,6 +633,7 @@ func TestHostileMessages(t *testing.T) {
 		`{"image":"ghcr.io/acme/api:dev"} {}`, `{"image":"ghcr.io/acme/api:dev","x":1}`,
 		`{"image":"ghcr.io/acme/api:dev","requestedAt":-1}`, `{"image":"ghcr.io/acme/api:dev","requestedAt":1.5}`,
 		`{"image":"ghcr.io/acme/api:dev","requestedAt":"1"}`, `{"image":"ghcr.io/acme/api:dev","requestedAt":99999999999999999999}`,
+		fmt.Sprintf(`{"image":"ghcr.io/acme/api:dev","requestedAt":%d}`, time.Now().Add(25*time.Hour).UnixMicro()),
 		`{"image":"nginx:latest"}`, `{"image":"ghcr.io/acme/api"}`, `{"image":"ghcr.io/acme/../evil:dev"}`,
 		`{"image":"ghcr.io/acme/api:dev"` + strings.Repeat(" ", maxEventBytes) + `}`,
 		"{\"image\":\"ghcr.io/acme/api:dev\xff\"}", `{"image":"` + strings.Repeat("a", 2000) + `"}`,
@@ -632,8 +646,8 @@ func TestHostileMessages(t *testing.T) {
 			t.Errorf("%s was patched: %v", key, calls)
 		}
 	}
-	if n := strings.Count(w.logs.String(), `"msg":"message ignored"`); n != 20 {
-		t.Errorf("%d of 20 messages are logged as ignored", n)
+	if n := strings.Count(w.logs.String(), `"msg":"message ignored"`); n != 21 {
+		t.Errorf("%d of 21 messages are logged as ignored", n)
 	}
 }
 
