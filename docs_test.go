@@ -9,6 +9,7 @@ import (
 	"go/build"
 	"go/parser"
 	"go/token"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -271,12 +272,18 @@ func TestDocsLogMessages(t *testing.T) {
 // The figures that docs/architecture.md gives are the code's.
 func TestDocsFigures(t *testing.T) {
 	text := readDoc(t, "docs/architecture.md")
+	server := newServer(nil, slog.New(slog.DiscardHandler))
 	for _, figure := range []string{
 		fmt.Sprintf("growing pauses of at most %.0f seconds", maxBackoff.Seconds()),
 		fmt.Sprintf("`Retry-After` says, up to %.0f minutes", maxRetryAfter.Minutes()),
 		fmt.Sprintf("brings nothing for %.0f seconds", watchSilence.Seconds()),
 		fmt.Sprintf("noticed within %d seconds", 2*http2TimeoutSeconds),
 		fmt.Sprintf("and every %.0f seconds", catchUpEvery.Seconds()),
+		fmt.Sprintf("web serves %d connections at once", maxConnections),
+		fmt.Sprintf("has %.0f seconds for its headers and %.0f to arrive whole", server.ReadHeaderTimeout.Seconds(), server.ReadTimeout.Seconds()),
+		fmt.Sprintf("idle for %.0f seconds", server.IdleTimeout.Seconds()),
+		// net/http adds 4 KiB of its own to MaxHeaderBytes.
+		fmt.Sprintf("Headers of more than %d KiB, tokens of more than %d KiB and bodies of more than %d KiB", server.MaxHeaderBytes>>10+4, maxTokenBytes>>10, maxRequestBytes>>10),
 	} {
 		if !strings.Contains(text, figure) {
 			t.Errorf("docs/architecture.md does not say %q", figure)

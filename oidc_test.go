@@ -21,6 +21,7 @@ import (
 	"maps"
 	"math/big"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -50,6 +51,7 @@ func TestVerifyRefuses(t *testing.T) {
 	start := time.Now().Truncate(time.Second)
 	issuer.now = func() time.Time { return start }
 	v := newTestVerifier(t, issuer)
+	w := newTestWebWith(t, issuer, v, "", &logBuffer{})
 	now := issuer.now().Unix()
 	good := issuer.token(t, issuer.claims())
 	goodParts := strings.Split(good, ".")
@@ -336,8 +338,18 @@ func TestVerifyRefuses(t *testing.T) {
 					t.Errorf("%q repeats a part of the token", err)
 				}
 			}
+			// Through the front door. Not over a connection, because no client
+			// sends some of these.
+			r := httptest.NewRequest(http.MethodPost, "/event", strings.NewReader(`{"image":"ghcr.io/acme/api:dev"}`))
+			r.Header["Authorization"] = []string{"Bearer " + test.token}
+			r.Header["Content-Type"] = []string{"application/json"}
+			answer := httptest.NewRecorder()
+			w.handler.ServeHTTP(answer, r)
+			w.expect(test.name, answer.Result(), http.StatusUnauthorized, "access denied\n")
 		})
 	}
+	w.expect("a good one", w.send(http.MethodPost, "/event", http.Header{"Authorization": {"Bearer " + good}, "Content-Type": {"application/json"}},
+		`{"image":"ghcr.io/acme/api:dev"}`), http.StatusAccepted, "ghcr.io/acme/api:dev")
 	if n := issuer.jwksFetches.Load(); n != 1 {
 		t.Errorf("verify fetched the keys: %d fetches", n)
 	}

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/net/netutil"
 )
 
 const (
@@ -21,6 +23,13 @@ const (
 	// probeTimeout bounds what a readiness check may take, below the second
 	// that a kubelet waits by default.
 	probeTimeout = 900 * time.Millisecond
+
+	// maxConnections bounds what an open port costs: memory, and requests in
+	// flight, since HTTP/1 has one on each connection. Further ones wait in the
+	// kernel until one of these is idle for idleTimeout or slower than the
+	// timeouts of newServer.
+	maxConnections = maxPublishing
+	idleTimeout    = 15 * time.Second
 )
 
 // opsHandler serves the probes. ready says, while the process is not stopping,
@@ -54,7 +63,7 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      15 * time.Second,
-		IdleTimeout:       60 * time.Second,
+		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // clients' mistakes
 	}
@@ -74,7 +83,7 @@ func listen(ctx context.Context, name, addr string, h http.Handler, log *slog.Lo
 		return nil, fmt.Errorf("listening for %s: %w", name, err)
 	}
 	log.Info("listening", "server", name, "addr", ln.Addr().String())
-	return &listener{name, newServer(h, log), ln}, nil
+	return &listener{name, newServer(h, log), netutil.LimitListener(ln, maxConnections)}, nil
 }
 
 // serve serves until stop is called; its error is a server that broke.

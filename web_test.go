@@ -22,19 +22,32 @@ import (
 // testWeb is the real handler behind a real server, with a real Valkey
 // protocol and an issuer that signs real tokens.
 type testWeb struct {
-	t      *testing.T
-	url    string
-	issuer *testIssuer
-	valkey *miniredis.Miniredis
-	heard  chan string // what was published
-	logs   *logBuffer
+	t       *testing.T
+	url     string
+	handler http.Handler
+	issuer  *testIssuer
+	valkey  *miniredis.Miniredis
+	heard   chan string // what was published
+	logs    *logBuffer
 }
 
 func newTestWeb(t *testing.T, trust string) *testWeb {
 	t.Helper()
-	logs := &logBuffer{}
-	log := slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	issuer := newTestIssuer(t)
+	logs := &logBuffer{}
+	v := newVerifier(issuer.URL, testAudience, issuer.client(), slog.New(slog.NewJSONHandler(logs, nil)), time.Now)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); v.run(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+	eventually(t, "the keys are there", func() bool { return v.ready() == nil })
+	return newTestWebWith(t, issuer, v, trust, logs)
+}
+
+// newTestWebWith verifies with v.
+func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string, logs *logBuffer) *testWeb {
+	t.Helper()
+	log := slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	m, cfg := testValkey(t)
 	pub, err := newPublisher(cfg, log)
 	if err != nil {
@@ -45,17 +58,12 @@ func newTestWeb(t *testing.T, trust string) *testWeb {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v := newVerifier(issuer.URL, testAudience, issuer.client(), log, time.Now)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() { defer close(done); v.run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
 	h := &web{log: log, verifier: v, policy: p, prefixes: imagePrefixes{"ghcr.io/acme"}, publish: pub.publish}
 	s := httptest.NewUnstartedServer(nil)
 	s.Config = newServer(h, log)
 	s.Start()
 	t.Cleanup(s.Close)
-	w := &testWeb{t: t, url: s.URL, issuer: issuer, valkey: m, heard: make(chan string, 100), logs: logs}
+	w := &testWeb{t: t, url: s.URL, handler: h, issuer: issuer, valkey: m, heard: make(chan string, 100), logs: logs}
 	subscriber := m.NewSubscriber()
 	subscriber.Subscribe("krt")
 	go func() { // miniredis waits until a message is taken
@@ -64,7 +72,7 @@ func newTestWeb(t *testing.T, trust string) *testWeb {
 		}
 	}()
 	t.Cleanup(subscriber.Close)
-	eventually(t, "web is ready", func() bool { return v.ready() == nil && pub.ready(ctx) == nil })
+	eventually(t, "valkey is there", func() bool { return pub.ready(t.Context()) == nil })
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("web's log:\n%s", logs)
@@ -506,5 +514,45 @@ func TestServeAllFails(t *testing.T) {
 	defer taken.Close()
 	if _, err := listen(t.Context(), "ops", taken.Addr().String(), nil, log); err == nil || !strings.Contains(err.Error(), "listening for ops") {
 		t.Errorf("a port in use: %v", err)
+	}
+}
+
+// Connections beyond the bound wait; they are served when others are gone.
+func TestConnectionsAreBounded(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	l, err := listen(t.Context(), "web", "127.0.0.1:0", http.NotFoundHandler(), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go l.serve()
+	t.Cleanup(func() { l.server.Close() })
+	conns := make([]net.Conn, maxConnections)
+	for i := range conns {
+		if conns[i], err = net.Dial("tcp", l.ln.Addr().String()); err != nil {
+			t.Fatal(err)
+		}
+		defer conns[i].Close()
+	}
+	ask := func(timeout time.Duration) error {
+		client := &http.Client{Timeout: timeout, Transport: &http.Transport{DisableKeepAlives: true}}
+		resp, err := client.Get("http://" + l.ln.Addr().String() + "/")
+		if err != nil {
+			return err
+		}
+		return resp.Body.Close()
+	}
+	// All of them are accepted, so that none of their places is free.
+	if _, err := io.WriteString(conns[maxConnections-1], "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conns[maxConnections-1].Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if err := ask(300 * time.Millisecond); err == nil {
+		t.Fatal("one connection more was served")
+	}
+	conns[0].Close()
+	if err := ask(5 * time.Second); err != nil {
+		t.Errorf("with a place free again: %v", err)
 	}
 }
