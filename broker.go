@@ -33,7 +33,7 @@ const (
 	// maxPublishing is how many scripts web keeps in flight. It stays well
 	// below the 1,024 places of valkey-go's ring, because a command that waits
 	// for a place in a full ring does not heed its context.
-	maxPublishing = 512
+	maxPublishing = 256
 
 	// transientDelay is the pause before Valkey is tried again, short because
 	// jobs are waiting; configurationDelay that after a refusal which lasts

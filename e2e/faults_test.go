@@ -218,8 +218,13 @@ func TestFlood(t *testing.T) {
 	if statuses[http.StatusServiceUnavailable] != many {
 		t.Errorf("answers by status: %v, want %d times 503", statuses, many)
 	}
-	// The promise is 3 s; here the two cores also sign for and run 1,500 clients.
-	if slowest > 6*time.Second {
+	// The promise is 3 s; here the two cores also run 1,500 clients, and the race
+	// detector makes each verification several times slower.
+	limit := 6 * time.Second
+	if raceDetecting {
+		limit = 30 * time.Second
+	}
+	if slowest > limit {
 		t.Errorf("the slowest answer took %s", slowest)
 	}
 	g.ledger.uncertain[g.images[0]] += many

@@ -18,6 +18,8 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -109,9 +111,14 @@ const audience = "https://kuberollouttrigger.test"
 // issuer stands in for token.actions.githubusercontent.com: same documents,
 // same header, same claims (FACTS §1), another key.
 type issuer struct {
-	url    string
-	key    *rsa.PrivateKey
-	signer jose.Signer
+	url     string
+	key     *rsa.PrivateKey
+	signer  jose.Signer
+	server  *httptest.Server
+	fetches atomic.Int64 // of the keys
+
+	mu        sync.Mutex
+	published jose.JSONWebKeySet
 }
 
 const keyID = "38826b17-6a30-5f9b-b169-8beb8202f723"
@@ -126,7 +133,7 @@ func newIssuer() (*issuer, error) {
 		return nil, err
 	}
 	iss := &issuer{key: key}
-	if iss.signer, err = newSigner(key); err != nil {
+	if iss.signer, err = newSigner(key, keyID); err != nil {
 		return nil, err
 	}
 	mux := http.NewServeMux()
@@ -146,20 +153,31 @@ func newIssuer() (*issuer, error) {
 			"scopes_supported":                      []string{"openid"},
 		}
 	})
+	iss.publish(key, keyID)
 	reply("/.well-known/jwks", func() any {
-		return jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: keyID, Algorithm: "RS256", Use: "sig"}}}
+		iss.fetches.Add(1)
+		iss.mu.Lock()
+		defer iss.mu.Unlock()
+		return iss.published
 	})
 	server := httptest.NewUnstartedServer(mux)
 	server.TLS = &tls.Config{Certificates: []tls.Certificate{cert}}
 	server.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that do not trust us are part of the tests
 	server.StartTLS()
-	iss.url = server.URL
+	iss.url, iss.server = server.URL, server
 	return iss, nil
 }
 
-func newSigner(key *rsa.PrivateKey) (jose.Signer, error) {
+// publish adds a key to those that the issuer announces.
+func (iss *issuer) publish(key *rsa.PrivateKey, kid string) {
+	iss.mu.Lock()
+	defer iss.mu.Unlock()
+	iss.published.Keys = append(iss.published.Keys, jose.JSONWebKey{Key: key.Public(), KeyID: kid, Algorithm: "RS256", Use: "sig"})
+}
+
+func newSigner(key *rsa.PrivateKey, kid string) (jose.Signer, error) {
 	return jose.NewSigner(
-		jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: keyID}},
+		jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: kid}},
 		(&jose.SignerOptions{}).WithType("JWT").WithHeader("x5t", "ykNaY4qM_ta4k2TgZOCEYLkcYlA"))
 }
 

@@ -431,7 +431,7 @@ func TestDenied(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forger, err := newSigner(foreign)
+	forger, err := newSigner(foreign, keyID)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,204 @@
+package e2e
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/base64"
+	"fmt"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// The open port under attack, and the issuer's keys coming and going.
+
+// memoryKiB is a field of /proc/PID/status, such as VmRSS.
+func memoryKiB(t *testing.T, p *program, field string) int {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		var kib int
+		if n, _ := fmt.Sscanf(line, field+": %d kB", &kib); n == 1 {
+			return kib
+		}
+	}
+	t.Fatalf("/proc has no %s", field)
+	return 0
+}
+
+// TestFloodOfUnknownKids: ten seconds of forged tokens at full speed, each with
+// a kid of its own. The issuer is asked once, valid tokens are accepted all the
+// while, and web does not grow.
+//
+// Not parallel, for the figures' sake.
+func TestFloodOfUnknownKids(t *testing.T) {
+	own, err := newIssuer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(own.server.Close)
+	web := startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+	c := newClient(web.url)
+	image := newImage()
+	valid := func() (answer, error) { return c.post(t.Context(), own.mint(time.Now(), nil), imageBody(image)) }
+	for range 50 { // what web allocates once
+		if a, err := valid(); err != nil || a.status != http.StatusAccepted {
+			t.Fatalf("before the flood: %d, %v", a.status, err)
+		}
+	}
+	before, fetched := memoryKiB(t, web, "VmRSS"), own.fetches.Load()
+
+	_, rest, _ := strings.Cut(own.mint(time.Now(), nil), ".")
+	flood := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 16}}
+	var stop atomic.Bool
+	var forged, wrong atomic.Int64
+	var attackers sync.WaitGroup
+	for range 16 {
+		attackers.Go(func() {
+			for !stop.Load() {
+				header := fmt.Sprintf(`{"alg":"RS256","typ":"JWT","kid":%q}`, rand.Text())
+				req, err := http.NewRequest(http.MethodPost, web.url+"/event", strings.NewReader(imageBody(image)))
+				if err != nil {
+					panic(err)
+				}
+				req.Header.Set("Authorization", "Bearer "+base64.RawURLEncoding.EncodeToString([]byte(header))+"."+rest)
+				resp, err := flood.Do(req)
+				if err != nil {
+					wrong.Add(1)
+					continue
+				}
+				resp.Body.Close()
+				forged.Add(1)
+				if resp.StatusCode != http.StatusUnauthorized {
+					wrong.Add(1)
+				}
+			}
+		})
+	}
+	var took []time.Duration
+	for begun := time.Now(); time.Since(begun) < 10*time.Second; time.Sleep(20 * time.Millisecond) {
+		a, err := valid()
+		if err != nil || a.status != http.StatusAccepted {
+			t.Errorf("a valid token during the flood: %d %s, %v", a.status, a.body, err)
+		}
+		took = append(took, a.took)
+	}
+	stop.Store(true)
+	attackers.Wait()
+	slices.Sort(took)
+	after, peak := memoryKiB(t, web, "VmRSS"), memoryKiB(t, web, "VmHWM")
+	fmt.Printf("%s: %d forged tokens in 10 s, %d not answered 401; %d fetches of the keys; %d valid ones accepted, median %.1f ms; resident %d KiB before, %d after, %d at most\n",
+		t.Name(), forged.Load(), wrong.Load(), own.fetches.Load()-fetched, len(took), float64(took[len(took)/2].Microseconds())/1000, before, after, peak)
+	if wrong.Load() > 0 {
+		t.Errorf("%d of %d forged tokens were not answered 401", wrong.Load(), forged.Load())
+	}
+	if n := own.fetches.Load() - fetched; n > 1 {
+		t.Errorf("the flood caused %d fetches of the keys", n)
+	}
+	if !raceDetecting && peak > 64<<10 {
+		t.Errorf("web took %d KiB; its limit in k8s/ is 64 MiB", peak)
+	}
+}
+
+// TestIssuerGone: after the start the issuer is down for good, and tokens are
+// verified all the same.
+func TestIssuerGone(t *testing.T) {
+	t.Parallel()
+	own, err := newIssuer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(own.server.Close)
+	web := startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+	own.server.Close()
+	c := newClient(web.url)
+	image := newImage()
+	// An unknown kid makes web try to fetch, and fail.
+	header := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"RS256","typ":"JWT","kid":"unknown"}`))
+	_, rest, _ := strings.Cut(own.mint(time.Now(), nil), ".")
+	for range 40 {
+		if a, err := c.post(t.Context(), header+"."+rest, imageBody(image)); err != nil || a.status != http.StatusUnauthorized {
+			t.Errorf("an unknown kid: %d, %v", a.status, err)
+		}
+		if a, err := c.post(t.Context(), own.mint(time.Now(), nil), imageBody(image)); err != nil || a.status != http.StatusAccepted {
+			t.Errorf("a valid token: %d %s, %v", a.status, a.body, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if status, body, err := web.probe("/readyz"); err != nil || status != http.StatusOK {
+		t.Errorf("/readyz: %d %s %v", status, body, err)
+	}
+}
+
+// TestRotation: the issuer announces a key, web fetches it (here because of an
+// unknown kid, else within ten minutes), and the issuer signs with it. Under
+// load, no valid token is refused.
+func TestRotation(t *testing.T) {
+	t.Parallel()
+	own, err := newIssuer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(own.server.Close)
+	web := startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+	c := newClient(web.url)
+	image := newImage()
+
+	const next = "0f0e0d0c0b0a09080706050403020100fedcba98"
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := newSigner(key, next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rotated, stop atomic.Bool
+	var failed, accepted atomic.Int64
+	var load sync.WaitGroup
+	for range 4 {
+		load.Go(func() {
+			for !stop.Load() {
+				with := own.signer
+				if rotated.Load() {
+					with = signer
+				}
+				if a, err := c.post(t.Context(), sign(with, own.claims(time.Now())), imageBody(image)); err != nil || a.status != http.StatusAccepted {
+					failed.Add(1)
+				} else {
+					accepted.Add(1)
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+		})
+	}
+	fetched := own.fetches.Load()
+	own.publish(key, next)
+	unknown := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"RS256","typ":"JWT","kid":"unknown"}`))
+	_, rest, _ := strings.Cut(own.mint(time.Now(), nil), ".")
+	if a, err := c.post(t.Context(), unknown+"."+rest, imageBody(image)); err != nil || a.status != http.StatusUnauthorized {
+		t.Errorf("an unknown kid: %d, %v", a.status, err)
+	}
+	eventually(t, 40*time.Second, "web has fetched the keys again", func() error {
+		if own.fetches.Load() == fetched || !strings.Contains(web.stderr.String(), next) {
+			return fmt.Errorf("%d fetches", own.fetches.Load()-fetched)
+		}
+		return nil
+	})
+	rotated.Store(true)
+	time.Sleep(2 * time.Second)
+	stop.Store(true)
+	load.Wait()
+	fmt.Printf("%s: accepted=%d failed=%d across the rotation\n", t.Name(), accepted.Load(), failed.Load())
+	if failed.Load() > 0 || accepted.Load() < 100 {
+		t.Errorf("%d of %d valid tokens were refused", failed.Load(), failed.Load()+accepted.Load())
+	}
+}
