@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -555,4 +557,61 @@ func TestConnectionsAreBounded(t *testing.T) {
 	if err := ask(5 * time.Second); err != nil {
 		t.Errorf("with a place free again: %v", err)
 	}
+}
+
+// A client that is slow on purpose is cut off, before it has said who it is and
+// after.
+func TestSlowClients(t *testing.T) {
+	w := newTestWeb(t, "")
+	head := "POST /event HTTP/1.1\r\nHost: x\r\n"
+	auth := "Authorization: Bearer " + w.issuer.token(t, w.issuer.claims()) + "\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+	for name, text := range map[string]string{"says nothing": "", "half a header": head, "half a body": head + auth} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			conn, err := net.Dial("tcp", strings.TrimPrefix(w.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if _, err := io.WriteString(conn, text); err != nil {
+				t.Fatal(err)
+			}
+			conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+			if _, err := io.Copy(io.Discard, conn); err != nil {
+				t.Errorf("the connection is still open: %v", err)
+			}
+		})
+	}
+	t.Cleanup(func() { w.expectNothing("slow clients") })
+}
+
+// A flood of bad tokens leaves nothing behind.
+func TestBadTokensLeaveNothing(t *testing.T) {
+	w := newTestWeb(t, "")
+	token := w.issuer.token(t, w.issuer.claims())
+	_, rest, _ := strings.Cut(token, ".")
+	before := runtime.NumGoroutine()
+	for i := range 3000 {
+		header := base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, `{"alg":"RS256","kid":"%d"}`, i))
+		r := httptest.NewRequest(http.MethodPost, "/event", strings.NewReader(`{"image":"ghcr.io/acme/api:dev"}`))
+		r.Header.Set("Authorization", "Bearer "+header+"."+rest)
+		answer := httptest.NewRecorder()
+		w.handler.ServeHTTP(answer, r)
+		if answer.Code != http.StatusUnauthorized {
+			t.Fatalf("%d", answer.Code)
+		}
+	}
+	if after := runtime.NumGoroutine(); after > before+2 {
+		t.Errorf("%d goroutines before, %d after", before, after)
+	}
+	if n := w.issuer.jwksFetches.Load(); n != 1 {
+		t.Errorf("%d fetches of the keys", n)
+	}
+	w.expectNothing("bad tokens")
+
+	header := http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}, "X-Large": {strings.Repeat("x", 32<<10)}}
+	if resp := w.send(http.MethodPost, "/event", header, `{"image":"ghcr.io/acme/api:dev"}`); resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("a header of 32 KiB: %d", resp.StatusCode)
+	}
+	w.expectNothing("a large header")
 }
