@@ -34,18 +34,24 @@ func memoryKiB(t *testing.T, p *program, field string) int {
 	return 0
 }
 
+// startWebWithIssuer starts a web that trusts an issuer of its own.
+func startWebWithIssuer(t *testing.T) (*issuer, *program) {
+	t.Helper()
+	own, err := newIssuer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(own.server.Close)
+	return own, startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+}
+
 // TestFloodOfUnknownKids: ten seconds of forged tokens at full speed, each with
 // a kid of its own. The issuer is asked once, valid tokens are accepted all the
 // while, and web does not grow.
 //
 // Not parallel, for the figures' sake.
 func TestFloodOfUnknownKids(t *testing.T) {
-	own, err := newIssuer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(own.server.Close)
-	web := startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+	own, web := startWebWithIssuer(t)
 	c := newClient(web.url)
 	image := newImage()
 	valid := func() (answer, error) { return c.post(t.Context(), own.mint(time.Now(), nil), imageBody(image)) }
@@ -112,12 +118,7 @@ func TestFloodOfUnknownKids(t *testing.T) {
 // verified all the same.
 func TestIssuerGone(t *testing.T) {
 	t.Parallel()
-	own, err := newIssuer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(own.server.Close)
-	web := startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+	own, web := startWebWithIssuer(t)
 	own.server.Close()
 	c := newClient(web.url)
 	image := newImage()
@@ -143,12 +144,7 @@ func TestIssuerGone(t *testing.T) {
 // load, no valid token is refused.
 func TestRotation(t *testing.T) {
 	t.Parallel()
-	own, err := newIssuer()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(own.server.Close)
-	web := startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+	own, web := startWebWithIssuer(t)
 	c := newClient(web.url)
 	image := newImage()
 
