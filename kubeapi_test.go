@@ -23,8 +23,9 @@ import (
 // lists included) and merge patch of apps/v1 deployments. Any other call fails
 // the test.
 type kubeAPI struct {
-	t   *testing.T
-	url string
+	t          *testing.T
+	url        string
+	kubeconfig string // path
 
 	mu       sync.Mutex
 	rv       int
@@ -71,6 +72,7 @@ func (k *kubeAPI) client() dynamic.Interface {
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		k.t.Fatal(err)
 	}
+	k.kubeconfig = path
 	client, err := newKubernetesClient(workerConfig{Kubeconfig: path})
 	if err != nil {
 		k.t.Fatal(err)
