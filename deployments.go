@@ -30,6 +30,10 @@ const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
 // minute; a proxy that has lost the stream behind an open connection does not.
 const watchSilence = 90 * time.Second
 
+// watchDelay is how long a watch may take to bring a change that is known to
+// have been made.
+const watchDelay = 5 * time.Second
+
 // deployment is what worker remembers of a Deployment. Of the embedded metadata
 // only namespace, name, uid, resourceVersion, creationTimestamp and
 // deletionTimestamp are filled. A record is never changed once it is in the
@@ -137,7 +141,8 @@ type deploymentCache struct {
 	mu      sync.RWMutex
 	byKey   map[types.NamespacedName]*deployment
 	byImage map[string]map[types.NamespacedName]struct{}
-	pending int // scopes not listed yet
+	pending int                        // scopes not listed yet
+	watches map[string]watch.Interface // by namespace of the scope
 }
 
 func newDeploymentCache(log *slog.Logger, now func() time.Time, observed func(d *deployment, appeared bool)) *deploymentCache {
@@ -147,6 +152,7 @@ func newDeploymentCache(log *slog.Logger, now func() time.Time, observed func(d 
 		observed: observed,
 		byKey:    map[types.NamespacedName]*deployment{},
 		byImage:  map[string]map[types.NamespacedName]struct{}{},
+		watches:  map[string]watch.Interface{},
 		pending:  1,
 	}
 }
@@ -187,6 +193,26 @@ func (c *deploymentCache) run(ctx context.Context, client dynamic.Interface, nam
 		return err
 	}
 	return nil
+}
+
+// expectChange is told that the API server has a newer version of d. If the
+// watch has not brought it after watchDelay, the watch is dead, whatever its
+// connection says, and is begun anew where it ended; it then brings all that was
+// missed. So every restart is a proof that the watch is alive.
+func (c *deploymentCache) expectChange(d *deployment) {
+	time.AfterFunc(watchDelay, func() {
+		c.mu.RLock()
+		now := c.byKey[d.key()]
+		w := c.watches[d.Namespace]
+		if w == nil {
+			w = c.watches[metav1.NamespaceAll]
+		}
+		c.mu.RUnlock()
+		if now != nil && now.UID == d.UID && now.ResourceVersion == d.ResourceVersion && w != nil {
+			c.log.Warn("the watch has missed a change, beginning it anew", "namespace", d.Namespace, "deployment", d.Name)
+			w.Stop()
+		}
+	})
 }
 
 // synced says whether every scope has been listed.
@@ -294,6 +320,9 @@ func (s *scope) listWatch() cache.ListerWatcher {
 			if err != nil {
 				return nil, s.refused("watch", err)
 			}
+			s.cache.mu.Lock()
+			s.cache.watches[s.namespace] = w
+			s.cache.mu.Unlock()
 			silent := time.AfterFunc(watchSilence, w.Stop)
 			return watch.Filter(w, func(e watch.Event) (watch.Event, bool) {
 				silent.Reset(watchSilence)

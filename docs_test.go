@@ -276,6 +276,7 @@ func TestDocsFigures(t *testing.T) {
 	for _, figure := range []string{
 		fmt.Sprintf("growing pauses of at most %.0f seconds", maxBackoff.Seconds()),
 		fmt.Sprintf("`Retry-After` says, up to %.0f minutes", maxRetryAfter.Minutes()),
+		fmt.Sprintf("has not brought worker's own patch within %.0f seconds", watchDelay.Seconds()),
 		fmt.Sprintf("brings nothing for %.0f seconds", watchSilence.Seconds()),
 		fmt.Sprintf("noticed within %d seconds", 2*http2TimeoutSeconds),
 		fmt.Sprintf("and every %.0f seconds", catchUpEvery.Seconds()),

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -92,6 +93,10 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64) error {
 	}
 	_, err = w.client.Resource(deploymentsResource).Namespace(d.Namespace).
 		Patch(ctx, d.Name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager})
+	if err == nil || apierrors.IsConflict(err) {
+		// Either way the API server has another version than we have.
+		w.cache.expectChange(d)
+	}
 	return err
 }
 

@@ -543,6 +543,28 @@ func TestConflictIsRetriedWhenTheWatchCatchesUp(t *testing.T) {
 	w.awaitRestart("a/api", at)
 }
 
+// A watch that no longer brings what worker itself has changed is begun anew.
+func TestDeafWatch(t *testing.T) {
+	for _, namespaces := range [][]string{nil, {"a"}} {
+		kube := newKubeAPI(t)
+		kube.create("a/api", spec{image: apiDev})
+		w := startTestWorker(t, kube, func(c *workerConfig) { c.Namespaces = namespaces })
+		kube.mu.Lock()
+		watchers := len(kube.watchers)
+		clear(kube.watchers) // the streams stay open, and bring nothing more
+		kube.mu.Unlock()
+		if watchers != 1 {
+			t.Fatalf("%d watches", watchers)
+		}
+		w.awaitRestart("a/api", w.publish(apiDev))
+		at := w.publish(apiDev) // from an outdated record, so it is refused
+		w.awaitRestart("a/api", at)
+		if !w.logs.has(`"level":"WARN"`, "the watch has missed a change") {
+			t.Error("the dead watch is not logged")
+		}
+	}
+}
+
 // Events for two images of one Deployment cross each other in three workers on
 // a slow API: restartedAt only ever grows, and ends at the newest.
 func TestCrossingEventsInThreeWorkers(t *testing.T) {
