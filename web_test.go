@@ -562,6 +562,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 // A client that is slow on purpose is cut off, before it has said who it is and
 // after.
 func TestSlowClients(t *testing.T) {
+	t.Parallel()
 	w := newTestWeb(t, "")
 	head := "POST /event HTTP/1.1\r\nHost: x\r\n"
 	auth := "Authorization: Bearer " + w.issuer.token(t, w.issuer.claims()) + "\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"

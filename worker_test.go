@@ -368,8 +368,8 @@ func TestCatchUp(t *testing.T) {
 	m.ZAdd("krt:requested", float64(time.Now().Add(-2*time.Hour).UnixMicro()), "ghcr.io/acme/web:dev")
 	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), "docker.io/library/nginx:latest")
 	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), "NOT A REFERENCE")
-	for _, score := range []float64{float64(time.Now().Add(25 * time.Hour).UnixMicro()), 1e300, math.Inf(1)} {
-		m.ZAdd("krt:requested", score, fmt.Sprintf("ghcr.io/acme/far-%g:dev", score))
+	for i, score := range []float64{float64(time.Now().Add(25 * time.Hour).UnixMicro()), 1e300, math.Inf(1)} {
+		m.ZAdd("krt:requested", score, fmt.Sprintf("ghcr.io/acme/far-%d:dev", i))
 	}
 
 	w := startWorkerOn(t, kube, m, cfg)
@@ -545,6 +545,7 @@ func TestConflictIsRetriedWhenTheWatchCatchesUp(t *testing.T) {
 
 // A watch that no longer brings what worker itself has changed is begun anew.
 func TestDeafWatch(t *testing.T) {
+	t.Parallel()
 	for _, namespaces := range [][]string{nil, {"a"}} {
 		kube := newKubeAPI(t)
 		kube.create("a/api", spec{image: apiDev})
@@ -562,6 +563,19 @@ func TestDeafWatch(t *testing.T) {
 		if !w.logs.has(`"level":"WARN"`, "the watch has missed a change") {
 			t.Error("the dead watch is not logged")
 		}
+	}
+}
+
+// One that does is left alone.
+func TestHealthyWatch(t *testing.T) {
+	t.Parallel()
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	w := startTestWorker(t, kube)
+	w.awaitRestart("a/api", w.publish(apiDev))
+	time.Sleep(watchDelay + time.Second)
+	if w.logs.has("missed a change") {
+		t.Error("a watch that is alive was taken for dead")
 	}
 }
 
