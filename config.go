@@ -25,6 +25,7 @@ type mode uint8
 const (
 	webMode mode = 1 << iota
 	workerMode
+	explainMode
 	bothModes = webMode | workerMode
 )
 
@@ -34,6 +35,12 @@ func (m mode) String() string {
 		return "web"
 	case workerMode:
 		return "worker"
+	case explainMode:
+		return "explain"
+	case webMode | explainMode:
+		return "web, explain"
+	case bothModes | explainMode:
+		return "both, explain"
 	default:
 		return "both"
 	}
@@ -86,8 +93,8 @@ type workerConfig struct {
 type option struct {
 	env      string
 	modes    mode
+	required mode // those of modes that cannot do without it
 	def      string
-	required bool
 	secret   bool // its value is never printed, errors included
 	boolean  bool // the flag may stand without a value
 	usage    string
@@ -104,7 +111,7 @@ var options = []option{
 		set: func(c *config, v string) error { return setLogLevel(&c.LogLevel, v) }},
 	{env: "OPS_LISTEN_ADDR", modes: bothModes, def: ":8081", usage: "host:port of /healthz and /readyz",
 		set: func(c *config, v string) error { return setListenAddr(&c.OpsListenAddr, v) }},
-	{env: "VALKEY_ADDR", modes: bothModes, required: true, usage: "host:port of Valkey",
+	{env: "VALKEY_ADDR", modes: bothModes, required: bothModes, usage: "host:port of Valkey",
 		set: func(c *config, v string) error { return setDialAddr(&c.Valkey.Addr, v) }},
 	{env: "VALKEY_USERNAME", modes: bothModes, usage: "user name for Valkey's AUTH",
 		set: func(c *config, v string) error { c.Valkey.Username = v; return nil }},
@@ -118,23 +125,23 @@ var options = []option{
 		set: func(c *config, v string) error {
 			return setMatch(&c.Valkey.Channel, v, channelRE, "1 to 128 letters, digits, dots, dashes, underscores or colons")
 		}},
-	{env: "ALLOWED_IMAGE_PREFIX", modes: bothModes, required: true, usage: "comma-separated image prefixes that may be restarted, such as ghcr.io/acme",
+	{env: "ALLOWED_IMAGE_PREFIX", modes: bothModes | explainMode, required: bothModes | explainMode, usage: "comma-separated image prefixes that may be restarted, such as ghcr.io/acme",
 		set: func(c *config, v string) (err error) { c.ImagePrefixes, err = parseImagePrefixes(v); return err }},
 	{env: "WEB_LISTEN_ADDR", modes: webMode, def: ":8080", usage: "host:port of the public API",
 		set: func(c *config, v string) error { return setListenAddr(&c.Web.ListenAddr, v) }},
-	{env: "GITHUB_OIDC_AUDIENCE", modes: webMode, required: true, usage: "audience that a token must be made for, such as https://rollout.example.com",
+	{env: "GITHUB_OIDC_AUDIENCE", modes: webMode | explainMode, required: webMode, usage: "audience that a token must be made for, such as https://rollout.example.com",
 		set: func(c *config, v string) error { c.Web.Audience = v; return nil }},
-	{env: "GITHUB_OIDC_ISSUER", modes: webMode, def: "https://token.actions.githubusercontent.com", usage: "issuer of the tokens",
+	{env: "GITHUB_OIDC_ISSUER", modes: webMode | explainMode, def: "https://token.actions.githubusercontent.com", usage: "issuer of the tokens",
 		set: func(c *config, v string) error { return setIssuer(&c.Web.Issuer, v) }},
-	{env: "GITHUB_ALLOWED_ORG", modes: webMode, required: true, usage: "comma-separated owners whose repositories may ask",
+	{env: "GITHUB_ALLOWED_ORG", modes: webMode | explainMode, required: webMode | explainMode, usage: "comma-separated owners whose repositories may ask",
 		set: func(c *config, v string) error {
 			return setList(&c.Web.Orgs, v, ownerRE, "owner names separated by commas")
 		}},
-	{env: "GITHUB_ALLOWED_ORG_ID", modes: webMode, usage: "comma-separated numeric ids that repository_owner_id must be one of",
+	{env: "GITHUB_ALLOWED_ORG_ID", modes: webMode | explainMode, usage: "comma-separated numeric ids that repository_owner_id must be one of",
 		set: func(c *config, v string) error {
 			return setList(&c.Web.OrgIDs, v, digitsRE, "numbers separated by commas")
 		}},
-	{env: "TRUST_POLICY", modes: webMode, usage: "YAML rules that say which jobs may restart which images",
+	{env: "TRUST_POLICY", modes: webMode | explainMode, usage: "YAML rules that say which jobs may restart which images",
 		set: func(c *config, v string) error { c.Web.TrustPolicy = v; return nil }},
 	{env: "KUBECONFIG", modes: workerMode, usage: "path of a kubeconfig (default: in-cluster)",
 		set: func(c *config, v string) error { c.Worker.Kubeconfig = v; return nil }},
@@ -165,7 +172,11 @@ func (e usageError) Unwrap() error { return e.err }
 // empty variable counts as not set. The error, a usageError, names everything
 // that is missing or wrong at once. flag.ErrHelp means that -h was given.
 func parseConfig(m mode, args []string, getenv func(string) string) (*config, error) {
-	fs := flag.NewFlagSet(m.String(), flag.ContinueOnError)
+	return parseFlags(flag.NewFlagSet(m.String(), flag.ContinueOnError), m, args, getenv)
+}
+
+// parseFlags is parseConfig for a subcommand whose other flags are in fs.
+func parseFlags(fs *flag.FlagSet, m mode, args []string, getenv func(string) string) (*config, error) {
 	fs.SetOutput(io.Discard) // the caller prints errors and help
 	given := map[string]string{}
 	for _, o := range options {
@@ -199,7 +210,7 @@ func parseConfig(m mode, args []string, getenv func(string) string) (*config, er
 			value = o.def
 		}
 		switch {
-		case value == "" && o.required:
+		case value == "" && o.required&m != 0:
 			missing = append(missing, fmt.Sprintf("%s (--%s)", o.env, o.flagName()))
 		case value == "":
 		default:
@@ -245,7 +256,7 @@ func printOptions(w io.Writer, m mode) {
 			continue
 		}
 		def := o.def
-		if o.required {
+		if o.required&m != 0 {
 			def = "required"
 		} else if def == "" {
 			def = "none"

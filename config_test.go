@@ -145,7 +145,7 @@ func TestBadArguments(t *testing.T) {
 // Every option is set by its variable and by its flag.
 func TestOptionTable(t *testing.T) {
 	for _, o := range options {
-		if o.usage == "" || o.set == nil || o.required && o.def != "" {
+		if o.usage == "" || o.set == nil || o.required&^o.modes != 0 || o.required != 0 && o.def != "" {
 			t.Errorf("%s: incomplete", o.env)
 		}
 		if o.def != "" {

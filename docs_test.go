@@ -152,8 +152,10 @@ func TestDocsOptionTable(t *testing.T) {
 	var want [][]string
 	for _, o := range options {
 		def := "none"
-		if o.required {
+		if o.required == o.modes {
 			def = "required"
+		} else if o.required != 0 {
+			def = "required (" + o.required.String() + ")"
 		} else if o.def != "" {
 			def = "`" + o.def + "`"
 		}

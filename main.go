@@ -3,8 +3,10 @@
 //
 //	kuberollouttrigger web      accepts POST /event from GitHub Actions
 //	kuberollouttrigger worker   restarts Deployments
+//	kuberollouttrigger explain  says which rule lets a job restart an image, or
+//	                            why none does
 //	kuberollouttrigger version  prints the version
-//	kuberollouttrigger help     prints this; web -h and worker -h print the options
+//	kuberollouttrigger help     prints this; <subcommand> -h prints the options
 //
 // web listens on WEB_LISTEN_ADDR (:8080):
 //
@@ -20,7 +22,7 @@
 // Configuration comes from the environment; a flag of the same name overrides
 // it. Logs are JSON lines on standard error. The exit status is 0 after
 // SIGTERM or SIGINT, 2 after a mistake in the configuration, 1 after any other
-// failure.
+// failure. That of explain is 0 if the request would be accepted, 1 if not.
 package main
 
 import (
@@ -59,6 +61,7 @@ type command struct {
 var commands = []command{
 	{"web", "accept POST /event from GitHub Actions", runWeb},
 	{"worker", "restart Deployments", runWorker},
+	{"explain", "say which rule lets a job restart an image, or why none does", runExplain},
 	{"version", "print the version", runVersion},
 }
 
@@ -73,6 +76,9 @@ func main() {
 	if usage := (usageError{}); errors.As(err, &usage) {
 		fmt.Fprintf(os.Stderr, "kuberollouttrigger: %v\n", err)
 		os.Exit(2)
+	}
+	if errors.Is(err, errDenied) { // explain has said why
+		os.Exit(1)
 	}
 	newLogger(os.Stderr, slog.LevelError).Error("exiting", "err", err)
 	os.Exit(1)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -66,6 +67,20 @@ func newPolicy(orgs, ownerIDs []string, trust string) (*policy, error) {
 // admit decides on the claims alone: nil means that the job may ask. The error
 // is for the log, and says for each rule what did not match.
 func (p *policy) admit(c claims) error {
+	if err := p.checkOwner(c); err != nil {
+		return err
+	}
+	var mismatches []string
+	for o := range p.outcomes(c, nil) {
+		if o.admits {
+			return nil
+		}
+		mismatches = append(mismatches, fmt.Sprintf("%s: %s is %s", o.rule.name, o.unmet.claim, c.shown(o.unmet.claim)))
+	}
+	return fmt.Errorf("no rule matches the claims: %s", strings.Join(mismatches, "; "))
+}
+
+func (p *policy) checkOwner(c claims) error {
 	// GitHub's names are ASCII; strings.EqualFold takes U+212A for k.
 	if !slices.Contains(p.orgs, lowerASCII(c["repository_owner"])) {
 		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.shown("repository_owner"))
@@ -73,15 +88,7 @@ func (p *policy) admit(c claims) error {
 	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c["repository_owner_id"]) {
 		return fmt.Errorf("repository_owner_id is %s, none of GITHUB_ALLOWED_ORG_ID", c.shown("repository_owner_id"))
 	}
-	var mismatches []string
-	for _, r := range p.rules {
-		claim, ok := r.mismatch(c)
-		if ok {
-			return nil
-		}
-		mismatches = append(mismatches, fmt.Sprintf("%s: %s is %s", r.name, claim, c.shown(claim)))
-	}
-	return fmt.Errorf("no rule matches the claims: %s", strings.Join(mismatches, "; "))
+	return nil
 }
 
 // allow decides on the canonical references that an admitted job asks for. One
@@ -91,15 +98,11 @@ func (p *policy) allow(c claims, images []string) error {
 		return errors.New("no image was asked for")
 	}
 	most := 0 // images that a single rule allows, from the first
-	for _, r := range p.rules {
-		if _, ok := r.mismatch(c); !ok {
-			continue
-		}
-		denied := slices.IndexFunc(images, func(image string) bool { return !r.allows(c, image) })
-		if denied < 0 {
+	for o := range p.outcomes(c, images) {
+		if o.allows(images) {
 			return nil
 		}
-		most = max(most, denied)
+		most = max(most, o.matched)
 	}
 	if most > 0 {
 		return fmt.Errorf("this job may not restart %s, or not together with %s", images[most], images[0])
@@ -107,29 +110,61 @@ func (p *policy) allow(c claims, images []string) error {
 	return fmt.Errorf("this job may not restart %s", images[0])
 }
 
+// outcome is what one rule says of a job and the images that it asks for.
+type outcome struct {
+	rule    *rule
+	admits  bool      // the claims satisfy every condition
+	unmet   condition // if not: the first that they do not satisfy
+	matched int       // if so: images that it allows, from the first to the first that it does not
+}
+
+func (o *outcome) allows(images []string) bool { return o.admits && o.matched == len(images) }
+
+// outcomes asks one rule after the other. Whatever decides or explains goes
+// through here.
+func (p *policy) outcomes(c claims, images []string) iter.Seq[outcome] {
+	return func(yield func(outcome) bool) {
+		for i := range p.rules {
+			o := outcome{rule: &p.rules[i]}
+			if o.unmet, o.admits = o.rule.mismatch(c); o.admits {
+				for o.matched < len(images) && o.rule.allows(c, images[o.matched]) {
+					o.matched++
+				}
+			}
+			if !yield(o) {
+				return
+			}
+		}
+	}
+}
+
 // describe returns a line for each rule in force.
 func (p *policy) describe() []string {
 	var lines []string
 	for _, r := range p.rules {
-		line := r.name + ":"
-		for _, cond := range r.conditions {
-			line += " " + cond.claim + "=" + joinPatterns(cond.values)
-		}
-		lines = append(lines, line+" may restart "+joinPatterns(r.images))
+		lines = append(lines, r.name+": "+r.String())
 	}
 	return lines
 }
 
-// mismatch returns the first claim that does not satisfy its condition, or
-// true. An absent claim satisfies none, not even "*".
-func (r *rule) mismatch(c claims) (claim string, ok bool) {
+func (r *rule) String() string {
+	var text string
+	for _, cond := range r.conditions {
+		text += cond.claim + "=" + joinPatterns(cond.values) + " "
+	}
+	return text + "may restart " + joinPatterns(r.images)
+}
+
+// mismatch returns the first condition that the claims do not satisfy, or true.
+// An absent claim satisfies none, not even "*".
+func (r *rule) mismatch(c claims) (unmet condition, ok bool) {
 	for _, cond := range r.conditions {
 		value, present := c[cond.claim]
 		if !present || !slices.ContainsFunc(cond.values, func(p pattern) bool { return p.matches(value) }) {
-			return cond.claim, false
+			return cond, false
 		}
 	}
-	return "", true
+	return condition{}, true
 }
 
 func (r *rule) allows(c claims, image string) bool {
