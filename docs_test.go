@@ -21,6 +21,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"sigs.k8s.io/yaml"
 )
@@ -426,8 +427,9 @@ type podSpec struct {
 	}
 	Volumes []struct {
 		PersistentVolumeClaim struct{ ClaimName string }
+		ConfigMap             struct{ Name string }
 	}
-	Containers []container
+	InitContainers, Containers []container
 }
 
 type container struct {
@@ -436,7 +438,10 @@ type container struct {
 	EnvFrom       []struct{ ConfigMapRef struct{ Name string } }
 	Env           []struct {
 		Name, Value string
-		ValueFrom   struct{ SecretKeyRef struct{ Name, Key string } }
+		ValueFrom   struct {
+			SecretKeyRef     struct{ Name, Key string }
+			ResourceFieldRef struct{ Resource string }
+		}
 	}
 	Ports []struct {
 		Name          string
@@ -454,7 +459,7 @@ type container struct {
 		ReadOnlyRootFilesystem   bool
 		Capabilities             struct{ Drop []string }
 	}
-	Resources struct{ Limits map[string]string }
+	Resources struct{ Requests, Limits map[string]string }
 }
 
 // manifests parses the files that match a pattern, in the order in which
@@ -507,7 +512,11 @@ func TestManifestOrder(t *testing.T) {
 			needs["ServiceAccount "+pod.ServiceAccountName] = true
 		}
 		for _, v := range pod.Volumes {
-			needs["PersistentVolumeClaim "+v.PersistentVolumeClaim.ClaimName] = true
+			for kind, name := range map[string]string{"PersistentVolumeClaim": v.PersistentVolumeClaim.ClaimName, "ConfigMap": v.ConfigMap.Name} {
+				if name != "" {
+					needs[kind+" "+name] = true
+				}
+			}
 		}
 		for _, c := range pod.Containers {
 			for _, from := range c.EnvFrom {
@@ -522,7 +531,7 @@ func TestManifestOrder(t *testing.T) {
 				t.Errorf("%s: %s %s needs the %s before it", m.file, m.Kind, m.Metadata.Name, need)
 			}
 		}
-		clusterWide := m.Kind == "Namespace" || strings.HasPrefix(m.Kind, "Cluster")
+		clusterWide := m.Kind == "Namespace" || strings.HasPrefix(m.Kind, "Cluster") || strings.HasPrefix(m.Kind, "ValidatingAdmissionPolicy")
 		if !clusterWide && m.Metadata.Namespace != namespace {
 			t.Errorf("%s: %s %s is in the namespace %q, not %s", m.file, m.Kind, m.Metadata.Name, m.Metadata.Namespace, namespace)
 		}
@@ -555,7 +564,16 @@ func TestManifestsConfigure(t *testing.T) {
 			vars[e.Name] = e.Value
 			if ref := e.ValueFrom.SecretKeyRef; ref.Name != "" {
 				vars[e.Name] = "from a secret"
-				secrets[fmt.Sprintf("create secret generic %s --from-literal=%s=", ref.Name, ref.Key)] = true
+				secrets[fmt.Sprintf("create secret generic %s ", ref.Name)] = true
+				secrets[fmt.Sprintf(" --from-literal=%s=\"$(openssl rand -hex 32)\"", ref.Key)] = true
+				// Each is the user of Valkey that has its name.
+				if vars["VALKEY_USERNAME"] != m.String() || ref.Key != m.String() {
+					t.Errorf("%s is Valkey's user %q with the password of %q", m, vars["VALKEY_USERNAME"], ref.Key)
+				}
+			}
+			// Bytes, as Go wants them, and less than the limit.
+			if e.Name == "GOMEMLIMIT" && (e.ValueFrom.ResourceFieldRef.Resource != "requests.memory" || !lessMi(c.Resources.Requests["memory"], c.Resources.Limits["memory"])) {
+				t.Errorf("%s has %+v as GOMEMLIMIT, with %+v", m, e.ValueFrom, c.Resources)
 			}
 		}
 		for name := range vars {
@@ -655,7 +673,10 @@ func TestManifestsPods(t *testing.T) {
 		if mounted := pod.AutomountServiceAccountToken; mounted == nil || *mounted && pod.ServiceAccountName == "" {
 			t.Errorf("%s: the token of the default ServiceAccount is mounted", m.file)
 		}
-		for _, c := range pod.Containers {
+		if m.Metadata.Name != pod.ServiceAccountName {
+			t.Errorf("%s: runs as the ServiceAccount %q, not as its own", m.file, pod.ServiceAccountName)
+		}
+		for _, c := range append(pod.InitContainers, pod.Containers...) {
 			sc := c.SecurityContext
 			if sc.AllowPrivilegeEscalation == nil || *sc.AllowPrivilegeEscalation || !sc.ReadOnlyRootFilesystem || !slices.Equal(sc.Capabilities.Drop, []string{"ALL"}) {
 				t.Errorf("%s: container %s is not restricted: %+v", m.file, c.Name, sc)
@@ -692,10 +713,128 @@ func TestManifestsPods(t *testing.T) {
 		}
 	}
 
-	valkey := strings.Join(findManifest(t, all, "StatefulSet", "valkey").Spec.Template.Spec.Containers[0].Args, " ")
-	for _, setting := range []string{"--appendonly yes", "--appendfsync always", "--requirepass $(VALKEY_PASSWORD)"} {
-		if !strings.Contains(valkey, setting) {
+	settings := findManifest(t, all, "ConfigMap", "valkey").Data["valkey.conf"]
+	for _, setting := range []string{"appendonly yes", "appendfsync always", "aclfile /run/valkey/users.acl", "maxmemory-policy noeviction"} {
+		if !strings.Contains(settings, setting+"\n") {
 			t.Errorf("valkey is started without %s", setting)
+		}
+	}
+}
+
+// lessMi compares amounts of memory such as 48Mi.
+func lessMi(a, b string) bool {
+	x, errA := strconv.Atoi(strings.TrimSuffix(a, "Mi"))
+	y, errB := strconv.Atoi(strings.TrimSuffix(b, "Mi"))
+	return errA == nil && errB == nil && x < y
+}
+
+// networkPolicy is what the tests look at of one.
+type networkPolicy struct {
+	Kind     string
+	Metadata struct{ Name string }
+	Spec     struct {
+		PodSelector struct{ MatchLabels map[string]string }
+		PolicyTypes []string
+		Ingress     []networkRule
+		Egress      []networkRule
+	}
+}
+
+type networkRule struct {
+	From, To []struct {
+		PodSelector struct {
+			MatchLabels      map[string]string
+			MatchExpressions []struct {
+				Key, Operator string
+				Values        []string
+			}
+		}
+	}
+	Ports []struct {
+		Port     int
+		Protocol string
+	}
+}
+
+// What the pods listen on and connect to is let through, and what listens for
+// the kubelet alone is not.
+func TestManifestsNetwork(t *testing.T) {
+	all := manifests(t, "k8s/*.yaml")
+	policies := map[string]networkPolicy{}
+	for _, name := range []string{"k8s/05-network.yaml", "k8s/20-valkey.yaml", "k8s/30-web.yaml", "k8s/50-worker.yaml"} {
+		for document := range strings.SplitSeq(readDoc(t, name), "\n---\n") {
+			var p networkPolicy
+			if err := yaml.Unmarshal([]byte(document), &p); err == nil && p.Kind == "NetworkPolicy" {
+				policies[p.Metadata.Name] = p
+			}
+		}
+	}
+	ports := func(rules []networkRule) (found []int) {
+		for _, r := range rules {
+			for _, p := range r.Ports {
+				found = append(found, p.Port)
+			}
+		}
+		return found
+	}
+	valkey := findManifest(t, all, "StatefulSet", "valkey").Spec.Template.Spec.Containers[0].Ports[0].ContainerPort
+	web := findManifest(t, all, "Deployment", "web").Spec.Template.Spec.Containers[0].Ports[0].ContainerPort
+	for name, want := range map[string]struct{ in, out []int }{
+		"default-deny": {},
+		"dns":          {nil, []int{53, 53}},
+		"web":          {[]int{web}, []int{valkey, 443}},
+		"worker":       {nil, []int{valkey, 443, 6443}},
+		"valkey":       {[]int{valkey}, nil},
+	} {
+		p := policies[name]
+		if in, out := ports(p.Spec.Ingress), ports(p.Spec.Egress); !slices.Equal(in, want.in) || !slices.Equal(out, want.out) {
+			t.Errorf("the NetworkPolicy %s lets in %v and out %v, expected %v and %v", name, in, out, want.in, want.out)
+		}
+		if name != "dns" && !slices.Equal(p.Spec.PolicyTypes, []string{"Ingress", "Egress"}) {
+			t.Errorf("the NetworkPolicy %s is for %q only", name, p.Spec.PolicyTypes)
+		}
+		if selected := p.Spec.PodSelector.MatchLabels["app.kubernetes.io/name"]; name != "dns" && name != "default-deny" && selected != name {
+			t.Errorf("the NetworkPolicy %s is for %q", name, selected)
+		}
+		for _, r := range p.Spec.Ingress {
+			if len(r.From) == 0 || len(r.Ports) == 0 {
+				t.Errorf("the NetworkPolicy %s lets everybody in, or to every port", name)
+			}
+		}
+		for _, r := range p.Spec.Egress {
+			if len(r.Ports) == 0 || name == "web" && len(r.To) == 0 {
+				t.Errorf("the NetworkPolicy %s lets out to every port or address", name)
+			}
+		}
+	}
+	if from := policies["valkey"].Spec.Ingress[0].From; len(from) != 1 || len(from[0].PodSelector.MatchExpressions) != 1 ||
+		!slices.Equal(from[0].PodSelector.MatchExpressions[0].Values, []string{"web", "worker"}) {
+		t.Errorf("Valkey lets in %+v", from)
+	}
+}
+
+// The policy is about the ServiceAccount that worker has, and about the
+// annotation that the code sets, in the form that the code writes.
+func TestManifestsRestartOnly(t *testing.T) {
+	account := findManifest(t, manifests(t, "k8s/*.yaml"), "ServiceAccount", "worker")
+	text := readDoc(t, "k8s/45-worker-restart-only.yaml")
+	for _, part := range []string{
+		"failurePolicy: Fail\n",
+		"expression: request.userInfo.username == 'system:serviceaccount:" + account.Metadata.Namespace + ":" + account.Metadata.Name + "'\n",
+		`expression: "'` + restartedAtAnnotation + `'"`,
+		"validationActions: [Deny]\n",
+	} {
+		if !strings.Contains(text, part) {
+			t.Errorf("the policy has no %q", part)
+		}
+	}
+	form := regexp.MustCompile(`\.matches\(\s*'([^']+)'\)`).FindStringSubmatch(text)
+	if form == nil {
+		t.Fatal("the policy has no form for restartedAt")
+	}
+	for _, us := range []int64{0, 1, 999999, 1795312800123456} {
+		if at := time.UnixMicro(us).UTC().Format(restartedAtLayout); !regexp.MustCompile(form[1]).MatchString(at) {
+			t.Errorf("the policy would refuse %s", at)
 		}
 	}
 }
@@ -775,7 +914,7 @@ func TestManifestsRBAC(t *testing.T) {
 	}
 }
 
-// The commands that docs/deployment.md grants in Valkey are those that broker.go
+// The commands that users.acl of k8s/ grants in Valkey are those that broker.go
 // sends, and PING, with which valkey-go tests an idle connection.
 func TestDocsValkeyACL(t *testing.T) {
 	file := productionFiles(t)["broker.go"]
@@ -814,10 +953,18 @@ func TestDocsValkeyACL(t *testing.T) {
 	}
 
 	page := readDoc(t, "docs/deployment.md")
+	acl := findManifest(t, manifests(t, "k8s/*.yaml"), "ConfigMap", "valkey").Data["users.acl"]
+	acl = strings.TrimSuffix(acl, "\n") + "\n" // what stands last in a document has lost it
+	if !strings.Contains(page, "```text\n"+acl+"```\n") {
+		t.Errorf("docs/deployment.md does not show users.acl as it is in k8s:\n%s", acl)
+	}
+	if !strings.HasPrefix(acl, "user default off\n") || strings.Count(acl, "\n") != 3 {
+		t.Errorf("users.acl is\n%s", acl)
+	}
 	for user, keys := range map[string]string{"web": "%RW~", "worker": "%R~"} {
-		line := regexp.MustCompile(`(?m)^user ` + user + ` on >PASSWORD resetkeys resetchannels -@all (.*)$`).FindStringSubmatch(page)
+		line := regexp.MustCompile(`(?m)^user ` + user + ` on >PASSWORD_OF_` + strings.ToUpper(user) + ` resetkeys resetchannels -@all (.*)$`).FindStringSubmatch(acl)
 		if line == nil {
-			t.Fatalf("docs/deployment.md has no ACL for %s", user)
+			t.Fatalf("users.acl has no %s", user)
 		}
 		got := map[string]bool{}
 		var names []string
@@ -829,11 +976,11 @@ func TestDocsValkeyACL(t *testing.T) {
 			}
 		}
 		if !maps.Equal(got, want[user]) {
-			t.Errorf("docs/deployment.md lets %s use %q; the code needs %q", user, sorted(got), sorted(want[user]))
+			t.Errorf("users.acl lets %s use %q; the code needs %q", user, sorted(got), sorted(want[user]))
 		}
 		channel := optionDefault(t, "VALKEY_CHANNEL")
-		if want := []string{keys + channel + ":*", "&" + channel}; !slices.Equal(names, want) || !strings.HasPrefix(requestedKey(channel), channel+":") {
-			t.Errorf("docs/deployment.md gives %s %q, expected %q", user, names, want)
+		if want := []string{keys + requestedKey(channel), "&" + channel}; !slices.Equal(names, want) {
+			t.Errorf("users.acl gives %s %q, expected %q", user, names, want)
 		}
 	}
 }

@@ -140,13 +140,18 @@ type apiServer struct {
 	bin   string
 	etcd  *etcdServer
 	dir   string
+	args  []string // beyond those that all have
 	port  int
 	url   string
 	proc  *process
 	admin *dynamic.DynamicClient
 }
 
-func startAPIServer(bin string, etcd *etcdServer) (*apiServer, error) {
+// withoutServiceAccounts: without a controller manager no namespace gets its
+// default ServiceAccount, and this admission plugin would wait for it.
+const withoutServiceAccounts = "--disable-admission-plugins=ServiceAccount"
+
+func startAPIServer(bin string, etcd *etcdServer, args ...string) (*apiServer, error) {
 	port, err := freePort()
 	if err != nil {
 		return nil, err
@@ -155,7 +160,7 @@ func startAPIServer(bin string, etcd *etcdServer) (*apiServer, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &apiServer{bin: bin, etcd: etcd, dir: dir, port: port, url: fmt.Sprintf("https://127.0.0.1:%d", port)}
+	a := &apiServer{bin: bin, etcd: etcd, dir: dir, args: args, port: port, url: fmt.Sprintf("https://127.0.0.1:%d", port)}
 
 	_, certPEM, keyPEM, err := testCA.serverCert()
 	if err != nil {
@@ -196,7 +201,7 @@ func (a *apiServer) config(token string) *rest.Config {
 // it is ready.
 func (a *apiServer) start() (err error) {
 	file := func(name string) string { return filepath.Join(a.dir, name) }
-	a.proc, err = startProcess("kube-apiserver", []string{"PATH=" + os.Getenv("PATH")}, filepath.Join(a.bin, "kube-apiserver"),
+	a.proc, err = startProcess("kube-apiserver", []string{"PATH=" + os.Getenv("PATH")}, filepath.Join(a.bin, "kube-apiserver"), append([]string{
 		"--etcd-servers", a.etcd.url,
 		"--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--secure-port", fmt.Sprint(a.port),
 		// Nobody uses the service "kubernetes" here, and it cannot have a
@@ -207,10 +212,7 @@ func (a *apiServer) start() (err error) {
 		"--service-account-issuer", "https://kubernetes.default.svc",
 		"--token-auth-file", file("tokens.csv"), "--authorization-mode", "RBAC",
 		"--service-cluster-ip-range", "10.0.0.0/24",
-		// Without a controller manager no namespace gets its default
-		// ServiceAccount, and this admission plugin would wait for it.
-		"--disable-admission-plugins", "ServiceAccount",
-		"--profiling=false")
+		"--profiling=false"}, a.args...)...)
 	if err != nil {
 		return err
 	}

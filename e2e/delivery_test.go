@@ -123,7 +123,7 @@ func TestValkeyKilled(t *testing.T) {
 // other, which sees every generation.
 func TestAPIServerKilled(t *testing.T) {
 	t.Parallel()
-	second, err := startAPIServer(sharedAPI.bin, sharedEtcd)
+	second, err := startAPIServer(sharedAPI.bin, sharedEtcd, withoutServiceAccounts)
 	if err != nil {
 		t.Fatal(err)
 	}

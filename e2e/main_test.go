@@ -108,7 +108,7 @@ func run(m *testing.M) (code int) {
 	if sharedEtcd, err = startEtcd(bin); err != nil {
 		return fail(err)
 	}
-	if sharedAPI, err = startAPIServer(bin, sharedEtcd); err != nil {
+	if sharedAPI, err = startAPIServer(bin, sharedEtcd, withoutServiceAccounts); err != nil {
 		return fail(err)
 	}
 	return m.Run()

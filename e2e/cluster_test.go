@@ -1,0 +1,646 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/dynamic"
+)
+
+// The manifests of k8s/ on an API server with RBAC and the admission plugins
+// that a normal cluster has, and worker in it as the ServiceAccount that they
+// make, with a token that the API server signed.
+
+// home is the namespace of the manifests.
+const home = "kuberollouttrigger"
+
+// cluster is an API server with nothing in it but what a test puts there.
+type cluster struct{ *apiServer }
+
+func startCluster(t *testing.T) cluster {
+	t.Helper()
+	// The same etcd, but other keys in it.
+	api, err := startAPIServer(sharedAPI.bin, sharedEtcd, "--etcd-prefix=/"+strings.ToLower(t.Name()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(api.proc.kill)
+	return cluster{api}
+}
+
+// readManifests parses the files that match a pattern, in the order in which
+// kubectl takes them.
+func readManifests(t *testing.T, pattern string) (objects []*unstructured.Unstructured) {
+	t.Helper()
+	names, err := filepath.Glob(pattern)
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%s: %d files, %v", pattern, len(names), err)
+	}
+	for _, name := range names {
+		file, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		decoder := yaml.NewYAMLOrJSONDecoder(file, 4096)
+		for {
+			object := &unstructured.Unstructured{}
+			err := decoder.Decode(&object.Object)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			objects = append(objects, object)
+		}
+	}
+	return objects
+}
+
+func manifestNamed(t *testing.T, objects []*unstructured.Unstructured, kind, name string) *unstructured.Unstructured {
+	t.Helper()
+	for _, object := range objects {
+		if object.GetKind() == kind && object.GetName() == name {
+			return object
+		}
+	}
+	t.Fatalf("k8s has no %s %s", kind, name)
+	return nil
+}
+
+// resourceOf is the resource of a kind: its plural.
+func resourceOf(object *unstructured.Unstructured) schema.GroupVersionResource {
+	kind := object.GroupVersionKind()
+	plural := strings.ToLower(kind.Kind)
+	switch {
+	case strings.HasSuffix(plural, "y"):
+		plural = strings.TrimSuffix(plural, "y") + "ies"
+	case strings.HasSuffix(plural, "s"):
+		plural += "es"
+	default:
+		plural += "s"
+	}
+	return kind.GroupVersion().WithResource(plural)
+}
+
+// apply is kubectl apply --server-side: a misspelt member is an error.
+func (c cluster) apply(t *testing.T, namespace string, object *unstructured.Unstructured, dryRun bool) (*unstructured.Unstructured, error) {
+	t.Helper()
+	body, err := object.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	force := true
+	options := metav1.PatchOptions{FieldManager: "kubectl", Force: &force, FieldValidation: metav1.FieldValidationStrict}
+	if dryRun {
+		options.DryRun = []string{metav1.DryRunAll}
+	}
+	if object.GetNamespace() != "" {
+		namespace = object.GetNamespace()
+	}
+	return c.admin.Resource(resourceOf(object)).Namespace(namespace).Patch(t.Context(), object.GetName(), types.ApplyPatchType, body, options)
+}
+
+// mustApply applies all and returns the resourceVersions.
+func (c cluster) mustApply(t *testing.T, namespace string, objects []*unstructured.Unstructured, dryRun bool) (versions []string) {
+	t.Helper()
+	for _, object := range objects {
+		applied, err := c.apply(t, namespace, object, dryRun)
+		if err != nil {
+			t.Fatalf("applying %s %s: %v", object.GetKind(), object.GetName(), err)
+		}
+		version := applied.GetResourceVersion()
+		if object.GetKind() == "PersistentVolumeClaim" {
+			// The API server writes a new claim once more, as it is, when it is
+			// applied again for the first time; the content is what counts.
+			applied.SetResourceVersion("")
+			version = asJSON(applied.Object)
+		}
+		versions = append(versions, object.GetKind()+" "+object.GetName()+" "+version)
+	}
+	return versions
+}
+
+// install applies k8s/.
+func (c cluster) install(t *testing.T) []*unstructured.Unstructured {
+	t.Helper()
+	objects := readManifests(t, "../k8s/*.yaml")
+	c.mustApply(t, "", objects, false)
+	return objects
+}
+
+// worker is the ServiceAccount of the manifests with a token of its own.
+func (c cluster) worker(t *testing.T) user {
+	t.Helper()
+	request, err := c.admin.Resource(schema.GroupVersionResource{Version: "v1", Resource: "serviceaccounts"}).Namespace(home).Create(t.Context(),
+		&unstructured.Unstructured{Object: map[string]any{
+			"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "metadata": map[string]any{"name": "worker"}, "spec": map[string]any{},
+		}}, metav1.CreateOptions{}, "token")
+	if err != nil {
+		t.Fatalf("asking for a token of the ServiceAccount: %v", err)
+	}
+	token, _, _ := unstructured.NestedString(request.Object, "status", "token")
+	if token == "" {
+		t.Fatalf("the answer to a TokenRequest has no token: %v", request.Object)
+	}
+	return user{name: "system:serviceaccount:" + home + ":worker", token: token}
+}
+
+func (c cluster) as(t *testing.T, u user) *dynamic.DynamicClient {
+	t.Helper()
+	client, err := dynamic.NewForConfig(c.config(u.token))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+func (c cluster) namespace(t *testing.T, name string) {
+	t.Helper()
+	_, err := c.admin.Resource(namespacesResource).Create(t.Context(), &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name}}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (c cluster) create(t *testing.T, d deployment) {
+	t.Helper()
+	if _, err := c.admin.Resource(deploymentsResource).Namespace(d.namespace).Create(t.Context(), &unstructured.Unstructured{Object: d.object()}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (c cluster) get(t *testing.T, d deployment) *unstructured.Unstructured {
+	t.Helper()
+	object, err := c.admin.Resource(deploymentsResource).Namespace(d.namespace).Get(t.Context(), d.name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return object
+}
+
+// mustRestart pushes the image of a Deployment and waits for the restart.
+func (c cluster) mustRestart(t *testing.T, job *client, d deployment) {
+	t.Helper()
+	want := stamp(job.mustPush(t, d.images[0]))
+	eventually(t, 15*time.Second, d.key()+" is restarted", func() error {
+		if got := restartedAt(c.get(t, d)); got != want {
+			return fmt.Errorf("restartedAt is %q, want %s", got, want)
+		}
+		return nil
+	})
+}
+
+// awaitPolicy waits until the API server enforces the policy, of which it
+// learns through a watch of its own. A dry run goes through admission too.
+func (c cluster) awaitPolicy(t *testing.T, client dynamic.Interface, d deployment) {
+	t.Helper()
+	eventually(t, 30*time.Second, "the policy is enforced", func() error {
+		_, err := client.Resource(deploymentsResource).Namespace(d.namespace).Patch(t.Context(), d.name, types.MergePatchType,
+			[]byte(`{"metadata":{"labels":{"policy":"awaited"}}}`), metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+		if by, _ := refusedBy(err); by != policyRefused {
+			return fmt.Errorf("a label was not refused by it: %v", err)
+		}
+		return nil
+	})
+}
+
+const (
+	rbacRefused   = "RBAC, 403"
+	policyRefused = "the policy, 422"
+)
+
+// refusedBy says who refused, from the status code and the words of the API
+// server.
+func refusedBy(err error) (by string, code int32) {
+	var status apierrors.APIStatus
+	if !errors.As(err, &status) {
+		return fmt.Sprintf("nobody: %v", err), 0
+	}
+	code = status.Status().Code
+	switch message := status.Status().Message; {
+	case code == http.StatusForbidden && strings.Contains(message, `User "system:serviceaccount:kuberollouttrigger:worker" cannot `):
+		return rbacRefused, code
+	case code == http.StatusUnprocessableEntity && strings.Contains(message, "ValidatingAdmissionPolicy 'kuberollouttrigger-worker'") && strings.Contains(message, "denied request: worker may "):
+		return policyRefused, code
+	}
+	return fmt.Sprintf("something else: %v", err), code
+}
+
+// TestManifestsApply: every manifest is accepted, first as a dry run and then
+// for real, and the second time nothing changes.
+func TestManifestsApply(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	objects := readManifests(t, "../k8s/*.yaml")
+	// A dry run makes no namespace, so that the first one has to be there.
+	c.mustApply(t, "", objects[:1], false)
+	c.mustApply(t, "", objects, true)
+	first := c.mustApply(t, "", objects, false)
+	if second := c.mustApply(t, "", objects, false); !slices.Equal(first, second) {
+		t.Errorf("the second time something changed:\n%s\n%s", strings.Join(first, "\n"), strings.Join(second, "\n"))
+	}
+	c.namespace(t, "shop")
+	for _, pattern := range []string{"../k8s/namespaced/*.yaml", "../k8s/examples/*.yaml"} {
+		namespaced := readManifests(t, pattern)
+		// The Gateway API is not part of an API server; it is added to one.
+		namespaced = slices.DeleteFunc(namespaced, func(o *unstructured.Unstructured) bool {
+			return o.GroupVersionKind().Group == "gateway.networking.k8s.io"
+		})
+		c.mustApply(t, "shop", namespaced, true)
+		first := c.mustApply(t, "shop", namespaced, false)
+		if second := c.mustApply(t, "shop", namespaced, false); !slices.Equal(first, second) {
+			t.Errorf("%s: the second time something changed:\n%q\n%q", pattern, first, second)
+		}
+	}
+	fmt.Printf("%s: %d objects applied twice, the second time without a change\n", t.Name(), len(objects))
+}
+
+// TestKubectlApply is the documented command itself, on a cluster that has
+// nothing yet: the first apply makes all of it in one go, the second says that
+// nothing changed.
+func TestKubectlApply(t *testing.T) {
+	t.Parallel()
+	kubectl, err := exec.LookPath("kubectl")
+	if err != nil {
+		t.Skip("kubectl is not on PATH; TestManifestsApply covers the manifests")
+	}
+	c := startCluster(t)
+	kubeconfig := user{name: "admin", token: adminToken}.kubeconfig(t, c.url)
+	apply := func() []string {
+		cmd := exec.Command(kubectl, "--kubeconfig", kubeconfig, "apply", "-f", "../k8s/")
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("kubectl apply -f k8s/: %v\n%s", err, out)
+		}
+		return strings.Split(strings.TrimSpace(string(out)), "\n")
+	}
+	objects := readManifests(t, "../k8s/*.yaml")
+	versions := map[string][]string{}
+	for _, want := range []string{" created", " unchanged"} {
+		lines := apply()
+		for _, object := range objects {
+			got, err := c.admin.Resource(resourceOf(object)).Namespace(object.GetNamespace()).Get(t.Context(), object.GetName(), metav1.GetOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			versions[want] = append(versions[want], object.GetKind()+" "+object.GetName()+" "+got.GetResourceVersion())
+		}
+		if len(lines) != len(objects) {
+			t.Errorf("%d lines for %d objects:\n%s", len(lines), len(objects), strings.Join(lines, "\n"))
+		}
+		for _, line := range lines {
+			// It always sends the selector of a PodDisruptionBudget, whose merge
+			// strategy is to be replaced, and calls that configured.
+			if !strings.HasSuffix(line, want) && !(strings.HasPrefix(line, "poddisruptionbudget.policy/") && strings.HasSuffix(line, " configured")) {
+				t.Errorf("kubectl says %q, want%s", line, want)
+			}
+		}
+	}
+	if !slices.Equal(versions[" created"], versions[" unchanged"]) {
+		t.Errorf("the second time something changed:\n%q\n%q", versions[" created"], versions[" unchanged"])
+	}
+}
+
+// TestManifestsRestricted: what the Deployments and the StatefulSet would
+// create passes Pod Security restricted, as the namespace enforces it, and
+// nobody but worker has a token.
+func TestManifestsRestricted(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	objects := c.install(t)
+	pods := schema.GroupVersionResource{Version: "v1", Resource: "pods"}
+	dryRun := func(name string, template map[string]any) (*unstructured.Unstructured, error) {
+		pod := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"]}}
+		pod.SetName(name)
+		return c.admin.Resource(pods).Namespace(home).Create(t.Context(), pod,
+			metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}, FieldValidation: metav1.FieldValidationStrict})
+	}
+	seen := 0
+	for _, object := range objects {
+		template, ok, _ := unstructured.NestedMap(object.Object, "spec", "template")
+		if !ok {
+			continue
+		}
+		seen++
+		name := object.GetName()
+		var pod *unstructured.Unstructured
+		eventually(t, 10*time.Second, "the pod of "+name+" is admitted", func() (err error) {
+			pod, err = dryRun(name, template) // the ServiceAccount is new to admission's cache
+			return err
+		})
+		if mounted := strings.Contains(asJSON(pod.Object), "serviceAccountToken"); mounted != (name == "worker") {
+			t.Errorf("%s: a token is mounted: %t", name, mounted)
+		}
+		if account, _, _ := unstructured.NestedString(pod.Object, "spec", "serviceAccountName"); account != name {
+			t.Errorf("%s runs as the ServiceAccount %q", name, account)
+		}
+
+		// The namespace does enforce it.
+		if err := unstructured.SetNestedField(template, true, "spec", "hostNetwork"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := dryRun(name, template); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "violates PodSecurity") {
+			t.Errorf("%s with hostNetwork: %v", name, err)
+		}
+	}
+	if seen != 3 {
+		t.Errorf("%d pod templates", seen)
+	}
+}
+
+// TestRestartOnly: worker restarts Deployments as its ServiceAccount, and
+// nothing else can be done with its token.
+func TestRestartOnly(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	c.install(t)
+	account := c.worker(t)
+	client := c.as(t, account)
+	c.namespace(t, "shop")
+	d := deployment{namespace: "shop", name: "api", images: []string{newImage()}, labels: map[string]string{"team": "a"}, restartedAt: "2026-01-01T00:00:00Z"}
+	c.create(t, d)
+	// As much as a Deployment can well be: the policy's expressions have a
+	// budget, and must not use it up.
+	large := deployment{namespace: "shop", name: "large", images: newImages(40)}
+	object := &unstructured.Unstructured{Object: large.object()}
+	containers, _, _ := unstructured.NestedSlice(object.Object, "spec", "template", "spec", "containers")
+	for _, container := range containers {
+		var env []any
+		for i := range 250 {
+			env = append(env, map[string]any{"name": fmt.Sprintf("VARIABLE_%d", i), "value": strings.Repeat("x", 50)})
+		}
+		container.(map[string]any)["env"] = env
+	}
+	annotations := map[string]any{}
+	for i := range 1000 {
+		annotations[fmt.Sprintf("example.com/annotation-%d", i)] = strings.Repeat("x", 100)
+	}
+	if err := errors.Join(
+		unstructured.SetNestedSlice(object.Object, containers, "spec", "template", "spec", "containers"),
+		unstructured.SetNestedMap(object.Object, annotations, "spec", "template", "metadata", "annotations"),
+	); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.admin.Resource(deploymentsResource).Namespace("shop").Create(t.Context(), object, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.awaitPolicy(t, client, d)
+
+	valkey := startValkey(t)
+	job := newClient(startWeb(t, valkey.addr).url)
+	startWorker(t, valkey.addr, account.kubeconfig(t, c.url))
+	c.mustRestart(t, job, d)
+	c.mustRestart(t, job, d)
+	c.mustRestart(t, job, large)
+
+	before := asJSON(c.get(t, d).Object)
+	shop := client.Resource(deploymentsResource).Namespace("shop")
+	patch := func(kind types.PatchType, body string, subresources ...string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := shop.Patch(ctx, d.name, kind, []byte(body), metav1.PatchOptions{}, subresources...)
+			return err
+		}
+	}
+	merge := func(body string, subresources ...string) func(context.Context) error {
+		return patch(types.MergePatchType, body, subresources...)
+	}
+	restart := func(more string) func(context.Context) error {
+		return merge(`{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"2026-11-21T02:00:00.123456Z"` + more)
+	}
+	core := func(resource string) schema.GroupVersionResource {
+		return schema.GroupVersionResource{Version: "v1", Resource: resource}
+	}
+	get := func(resource schema.GroupVersionResource, namespace, name string, subresources ...string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := client.Resource(resource).Namespace(namespace).Get(ctx, name, metav1.GetOptions{}, subresources...)
+			return err
+		}
+	}
+	list := func(resource schema.GroupVersionResource, namespace string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := client.Resource(resource).Namespace(namespace).List(ctx, metav1.ListOptions{})
+			return err
+		}
+	}
+	send := func(resource schema.GroupVersionResource, namespace string, object map[string]any, subresources ...string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := client.Resource(resource).Namespace(namespace).Create(ctx, &unstructured.Unstructured{Object: object}, metav1.CreateOptions{}, subresources...)
+			return err
+		}
+	}
+	patchOther := func(resource schema.GroupVersionResource, namespace, name, body string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := client.Resource(resource).Namespace(namespace).Patch(ctx, name, types.MergePatchType, []byte(body), metav1.PatchOptions{})
+			return err
+		}
+	}
+	admission := schema.GroupVersion{Group: "admissionregistration.k8s.io", Version: "v1"}
+	metadata := func(name string) map[string]any { return map[string]any{"name": name} }
+	type attempt struct {
+		what string
+		by   string
+		do   func(context.Context) error
+	}
+	attempts := []attempt{
+		{"the image", policyRefused, merge(`{"spec":{"template":{"spec":{"containers":[{"name":"main-0","image":"ghcr.io/evil/api:dev"}]}}}}`)},
+		{"the image, strategic merge patch", policyRefused, patch(types.StrategicMergePatchType, `{"spec":{"template":{"spec":{"containers":[{"name":"main-0","image":"ghcr.io/evil/api:dev"}]}}}}`)},
+		{"the image, JSON patch", policyRefused, patch(types.JSONPatchType, `[{"op":"replace","path":"/spec/template/spec/containers/0/image","value":"ghcr.io/evil/api:dev"}]`)},
+		{"the image along with the restart", policyRefused, restart(`}},"spec":{"containers":[{"name":"main-0","image":"ghcr.io/evil/api:dev"}]}}}}`)},
+		{"another container", policyRefused, patch(types.StrategicMergePatchType, `{"spec":{"template":{"spec":{"containers":[{"name":"evil","image":"ghcr.io/evil/api:dev"}]}}}}`)},
+		{"a command", policyRefused, patch(types.StrategicMergePatchType, `{"spec":{"template":{"spec":{"containers":[{"name":"main-0","command":["sh"]}]}}}}`)},
+		{"an environment variable", policyRefused, patch(types.StrategicMergePatchType, `{"spec":{"template":{"spec":{"containers":[{"name":"main-0","env":[{"name":"A","value":"b"}]}]}}}}`)},
+		{"a volume of a Secret", policyRefused, patch(types.StrategicMergePatchType, `{"spec":{"template":{"spec":{"volumes":[{"name":"s","secret":{"secretName":"valkey"}}]}}}}`)},
+		{"hostNetwork", policyRefused, merge(`{"spec":{"template":{"spec":{"hostNetwork":true}}}}`)},
+		{"serviceAccountName", policyRefused, merge(`{"spec":{"template":{"spec":{"serviceAccountName":"admin"}}}}`)},
+		{"nodeName", policyRefused, merge(`{"spec":{"template":{"spec":{"nodeName":"node-1"}}}}`)},
+		{"a security context", policyRefused, merge(`{"spec":{"template":{"spec":{"securityContext":{"runAsUser":0}}}}}`)},
+		{"replicas", policyRefused, merge(`{"spec":{"replicas":0}}`)},
+		{"paused", policyRefused, merge(`{"spec":{"paused":true}}`)},
+		{"the strategy", policyRefused, merge(`{"spec":{"strategy":{"type":"Recreate","rollingUpdate":null}}}`)},
+		{"minReadySeconds", policyRefused, merge(`{"spec":{"minReadySeconds":60}}`)},
+		{"revisionHistoryLimit", policyRefused, merge(`{"spec":{"revisionHistoryLimit":0}}`)},
+		{"progressDeadlineSeconds", policyRefused, merge(`{"spec":{"progressDeadlineSeconds":1}}`)},
+		{"a label", policyRefused, merge(`{"metadata":{"labels":{"team":"b"}}}`)},
+		{"a label taken away", policyRefused, merge(`{"metadata":{"labels":null}}`)},
+		{"an annotation of the Deployment", policyRefused, merge(`{"metadata":{"annotations":{"a":"b"}}}`)},
+		{"restartedAt of the Deployment instead of the pods", policyRefused, merge(`{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"2026-11-21T02:00:00.123456Z"}}}`)},
+		{"a finalizer", policyRefused, merge(`{"metadata":{"finalizers":["example.com/keep"]}}`)},
+		{"an owner reference", policyRefused, merge(`{"metadata":{"ownerReferences":[{"apiVersion":"v1","kind":"ConfigMap","name":"a","uid":"a"}]}}`)},
+		{"a label of the pods", policyRefused, merge(`{"spec":{"template":{"metadata":{"labels":{"a":"b"}}}}}`)},
+		{"a finalizer of the pods", policyRefused, merge(`{"spec":{"template":{"metadata":{"finalizers":["example.com/keep"]}}}}`)},
+		{"another annotation of the pods", policyRefused, merge(`{"spec":{"template":{"metadata":{"annotations":{"a":"b"}}}}}`)},
+		{"another annotation along with the restart", policyRefused, restart(`,"a":"b"}}}}}`)},
+		{"restartedAt taken away", policyRefused, merge(`{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":null}}}}}`)},
+		{"all annotations taken away", policyRefused, merge(`{"spec":{"template":{"metadata":{"annotations":null}}}}`)},
+		{"restartedAt that is no time", policyRefused, merge(`{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"anything"}}}}}`)},
+		{"server-side apply of an image", policyRefused, func(ctx context.Context) error {
+			_, err := shop.Apply(ctx, d.name, &unstructured.Unstructured{Object: map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(d.name),
+				"spec": map[string]any{"template": map[string]any{"spec": map[string]any{"containers": []any{map[string]any{"name": "main-0", "image": "ghcr.io/evil/api:dev"}}}}}}},
+				metav1.ApplyOptions{FieldManager: "evil", Force: true})
+			return err
+		}},
+
+		{"scale", rbacRefused, merge(`{"spec":{"replicas":0}}`, "scale")},
+		{"status", rbacRefused, merge(`{"status":{"replicas":7}}`, "status")},
+		{"get", rbacRefused, get(deploymentsResource, "shop", d.name)},
+		{"update", rbacRefused, func(ctx context.Context) error {
+			_, err := shop.Update(ctx, c.get(t, d), metav1.UpdateOptions{})
+			return err
+		}},
+		{"delete", rbacRefused, func(ctx context.Context) error { return shop.Delete(ctx, d.name, metav1.DeleteOptions{}) }},
+		{"delete all", rbacRefused, func(ctx context.Context) error {
+			return shop.DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{})
+		}},
+		{"create", rbacRefused, send(deploymentsResource, "shop", deployment{namespace: "shop", name: "evil", images: []string{"ghcr.io/evil/api:dev"}}.object())},
+		{"create by server-side apply", rbacRefused, func(ctx context.Context) error {
+			_, err := shop.Apply(ctx, "evil", &unstructured.Unstructured{Object: deployment{namespace: "shop", name: "evil", images: []string{"ghcr.io/evil/api:dev"}}.object()},
+				metav1.ApplyOptions{FieldManager: "evil", Force: true})
+			return err
+		}},
+		{"a StatefulSet", rbacRefused, patchOther(deploymentsResource.GroupVersion().WithResource("statefulsets"), home, "valkey", `{"spec":{"replicas":0}}`)},
+		{"DaemonSets", rbacRefused, list(deploymentsResource.GroupVersion().WithResource("daemonsets"), "shop")},
+		{"ReplicaSets", rbacRefused, list(deploymentsResource.GroupVersion().WithResource("replicasets"), "shop")},
+		{"list pods", rbacRefused, list(core("pods"), "shop")},
+		{"create a pod", rbacRefused, send(core("pods"), "shop", map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": metadata("evil")})},
+		{"read a Secret", rbacRefused, get(core("secrets"), home, "valkey")},
+		{"list Secrets", rbacRefused, list(core("secrets"), "")},
+		{"read a ConfigMap", rbacRefused, get(core("configmaps"), home, "web")},
+		{"change a ConfigMap", rbacRefused, patchOther(core("configmaps"), home, "web", `{"data":{"GITHUB_ALLOWED_ORG":"evil"}}`)},
+		{"list Nodes", rbacRefused, list(core("nodes"), "")},
+		{"list Namespaces", rbacRefused, list(namespacesResource, "")},
+		{"a token of another ServiceAccount", rbacRefused, send(core("serviceaccounts"), home,
+			map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "metadata": metadata("web"), "spec": map[string]any{}}, "token")},
+		{"a ClusterRoleBinding", rbacRefused, send(rbacGroup.WithResource("clusterrolebindings"), "", map[string]any{
+			"apiVersion": rbacGroup.String(), "kind": "ClusterRoleBinding", "metadata": metadata("evil"), "roleRef": map[string]any{"apiGroup": rbacGroup.Group, "kind": "ClusterRole", "name": "cluster-admin"}})},
+		{"its own ClusterRole", rbacRefused, patchOther(rbacGroup.WithResource("clusterroles"), "", "kuberollouttrigger-worker", `{"rules":null}`)},
+		{"the policy", rbacRefused, patchOther(admission.WithResource("validatingadmissionpolicies"), "", "kuberollouttrigger-worker", `{"spec":{"failurePolicy":"Ignore"}}`)},
+		{"the policy's binding", rbacRefused, func(ctx context.Context) error {
+			return client.Resource(admission.WithResource("validatingadmissionpolicybindings")).Delete(ctx, "kuberollouttrigger-worker", metav1.DeleteOptions{})
+		}},
+	}
+	count := map[string]int{}
+	try := func(attempts []attempt) {
+		t.Helper()
+		for _, a := range attempts {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			err := a.do(ctx)
+			cancel()
+			if by, _ := refusedBy(err); by != a.by {
+				t.Errorf("%s: refused by %s; want %s", a.what, by, a.by)
+			} else {
+				count[a.by]++
+			}
+		}
+	}
+	try(attempts)
+	if after := asJSON(c.get(t, d).Object); after != before {
+		t.Errorf("the Deployment was changed:\nbefore %s\nafter  %s", before, after)
+	}
+
+	// Whoever grants worker too much by mistake still finds the policy there.
+	for _, object := range []map[string]any{
+		{"apiVersion": rbacGroup.String(), "kind": "ClusterRoleBinding", "metadata": metadata("mistake"),
+			"roleRef":  map[string]any{"apiGroup": rbacGroup.Group, "kind": "ClusterRole", "name": "cluster-admin"},
+			"subjects": []any{map[string]any{"kind": "ServiceAccount", "name": "worker", "namespace": home}}},
+	} {
+		if _, err := c.admin.Resource(rbacGroup.WithResource("clusterrolebindings")).Create(t.Context(), &unstructured.Unstructured{Object: object}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, 10*time.Second, "the mistake is effective", func() error { return get(deploymentsResource, "shop", d.name)(t.Context()) })
+	before = asJSON(c.get(t, d).Object)
+	mistaken := []string{"scale", "status", "update", "delete", "delete all", "create", "create by server-side apply"}
+	attempts = slices.DeleteFunc(attempts, func(a attempt) bool { return !slices.Contains(mistaken, a.what) && a.by != policyRefused })
+	for i, a := range attempts {
+		if a.by == rbacRefused {
+			attempts[i].by = policyRefused
+		}
+		if a.what == "update" {
+			attempts[i].do = func(ctx context.Context) error {
+				object := c.get(t, d)
+				if err := unstructured.SetNestedField(object.Object, int64(0), "spec", "replicas"); err != nil {
+					return err
+				}
+				_, err := shop.Update(ctx, object, metav1.UpdateOptions{})
+				return err
+			}
+		}
+	}
+	try(attempts)
+	if after := asJSON(c.get(t, d).Object); after != before {
+		t.Errorf("the Deployment was changed:\nbefore %s\nafter  %s", before, after)
+	}
+
+	// Nobody else is held to it.
+	if _, err := c.admin.Resource(deploymentsResource).Namespace("shop").Patch(t.Context(), d.name, types.MergePatchType, []byte(`{"spec":{"replicas":3}}`), metav1.PatchOptions{}); err != nil {
+		t.Errorf("the administrator was refused: %v", err)
+	}
+	fmt.Printf("%s: the restart passes; %d changes refused by RBAC, %d by the policy (cluster-admin by mistake included)\n", t.Name(), count[rbacRefused], count[policyRefused])
+}
+
+// TestRestartOnlyNamespaced: with the Role of k8s/namespaced/ instead of the
+// ClusterRole, worker restarts there and may not even look elsewhere.
+func TestRestartOnlyNamespaced(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	objects := readManifests(t, "../k8s/*.yaml")
+	objects = slices.DeleteFunc(objects, func(o *unstructured.Unstructured) bool { return strings.HasPrefix(o.GetKind(), "ClusterRole") })
+	c.mustApply(t, "", objects, false)
+	image := newImage()
+	inside := deployment{namespace: "shop", name: "api", images: []string{image}}
+	outside := deployment{namespace: "other", name: "api", images: []string{image}}
+	for _, d := range []deployment{inside, outside} {
+		c.namespace(t, d.namespace)
+		c.create(t, d)
+	}
+	c.mustApply(t, "shop", readManifests(t, "../k8s/namespaced/*.yaml"), false)
+	account := c.worker(t)
+	client := c.as(t, account)
+	c.awaitPolicy(t, client, inside)
+
+	valkey := startValkey(t)
+	job := newClient(startWeb(t, valkey.addr).url)
+	startWorker(t, valkey.addr, account.kubeconfig(t, c.url), "WORKER_NAMESPACES=shop")
+	c.mustRestart(t, job, inside)
+	if at := restartedAt(c.get(t, outside)); at != "" {
+		t.Errorf("a Deployment outside was restarted at %s", at)
+	}
+	// A worker that is to watch everything says which right it lacks.
+	all := launchWorker(t, programPath, valkey.addr, account.kubeconfig(t, c.url))
+	all.waitLogged(t, 20*time.Second, "msg", "exiting")
+
+	for _, try := range []struct {
+		d        deployment
+		body, by string
+	}{
+		{inside, `{"spec":{"replicas":0}}`, policyRefused},
+		{inside, `{"spec":{"template":{"metadata":{"annotations":null}}}}`, policyRefused},
+		{outside, `{"spec":{"replicas":0}}`, rbacRefused},
+		{outside, `{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"2026-11-21T02:00:00.123456Z"}}}}}`, rbacRefused},
+	} {
+		_, err := client.Resource(deploymentsResource).Namespace(try.d.namespace).Patch(t.Context(), try.d.name, types.MergePatchType, []byte(try.body), metav1.PatchOptions{})
+		if by, _ := refusedBy(err); by != try.by {
+			t.Errorf("%s in %s: refused by %s, want %s", try.body, try.d.namespace, by, try.by)
+		}
+	}
+}
