@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode"
 
 	yaml "sigs.k8s.io/yaml/goyaml.v2"
 )
@@ -227,6 +228,9 @@ func parseRule(item any) (r rule, err error) {
 		if !ok {
 			return r, fmt.Errorf("claim name %v is not a string; put it in quotes", key)
 		}
+		if strings.ContainsFunc(name, notText) {
+			return r, fmt.Errorf("claim name %q has a control character", name)
+		}
 		values, ok := named[key].([]any)
 		if !ok {
 			values = []any{named[key]}
@@ -254,6 +258,9 @@ func parsePatterns(values []any, check func(string) error) (patterns []pattern, 
 	for _, value := range values {
 		switch value := value.(type) {
 		case string:
+			if strings.ContainsFunc(value, notText) {
+				return nil, fmt.Errorf("%q has a control character; no claim and no image has one", value)
+			}
 			if err := check(value); err != nil {
 				return nil, err
 			}
@@ -269,6 +276,11 @@ func parsePatterns(values []any, check func(string) error) (patterns []pattern, 
 		}
 	}
 	return patterns, nil
+}
+
+// notText holds for what YAML lets in by escapes alone.
+func notText(r rune) bool {
+	return unicode.IsControl(r) || r == '\uFFFE' || r == '\uFFFF'
 }
 
 // checkImage refuses what no canonical reference can match.
