@@ -109,7 +109,7 @@ func (ca *authority) pool() *x509.CertPool {
 const audience = "https://kuberollouttrigger.test"
 
 // issuer stands in for token.actions.githubusercontent.com: same documents,
-// same header, same claims (FACTS §1), another key.
+// same header, same claims, another key.
 type issuer struct {
 	url     string
 	key     *rsa.PrivateKey
