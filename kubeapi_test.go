@@ -38,6 +38,8 @@ type kubeAPI struct {
 	// onPatch may answer a patch itself; nil, or a status of 0, lets it through.
 	onPatch  func(patchCall) (status int, header http.Header)
 	selector string // that every list and watch must have
+	// noStreams is an API server that cannot stream lists, as before 1.32.
+	noStreams bool
 	// forbid may refuse a verb in a namespace.
 	forbid func(verb, namespace string) bool
 }
@@ -96,6 +98,9 @@ func (k *kubeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case ok && r.Method == http.MethodGet && len(parts) == 1 && q.Get("watch") == "true":
 		k.watch(w, r, namespace)
 	case ok && r.Method == http.MethodGet && len(parts) == 1:
+		if q.Get("resourceVersion") == "0" || q.Get("limit") == "" {
+			k.t.Errorf("a list that is not read page by page: %s", r.URL.RawQuery)
+		}
 		k.list(w, namespace)
 	case ok && r.Method == http.MethodPatch && len(parts) == 2 && namespace != "" &&
 		r.Header.Get("Content-Type") == "application/merge-patch+json":
@@ -137,6 +142,11 @@ func (k *kubeAPI) watch(w http.ResponseWriter, r *http.Request, namespace string
 	if k.forbid != nil && k.forbid("watch", namespace) {
 		k.mu.Unlock()
 		status(w, http.StatusForbidden, "Forbidden")
+		return
+	}
+	if k.noStreams && r.URL.Query().Has("sendInitialEvents") {
+		k.mu.Unlock()
+		status(w, http.StatusUnprocessableEntity, "Invalid")
 		return
 	}
 	events := make(chan watchEvent, 1000)

@@ -775,6 +775,36 @@ func TestGiveUp(t *testing.T) {
 	}
 }
 
+// Where lists cannot be streamed they are read page by page.
+func TestWithoutStreamedLists(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.noStreams = true
+	kube.create("a/api", spec{image: apiDev})
+	w := startTestWorker(t, kube)
+	w.awaitRestart("a/api", w.publish(apiDev))
+	kube.mu.Lock()
+	defer kube.mu.Unlock()
+	if kube.lists == 0 {
+		t.Error("nothing was listed")
+	}
+}
+
+// An announcement counts for more than the record of the same T that catch-up
+// found a moment before.
+func TestAnnouncementAfterItsRecord(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev, created: time.Now().Add(time.Hour)}) // by an API server's clock
+	w := startTestWorker(t, kube)
+	at := time.Now().UnixMicro()
+	w.note(event{apiDev, at}, time.Time{})
+	w.settled()
+	if n := len(kube.patchesOf("a/api")); n != 0 {
+		t.Fatalf("patched %d times for a record older than the Deployment", n)
+	}
+	w.valkey.Publish("krt", fmt.Sprintf(`{"image":%q,"requestedAt":%d}`, apiDev, at))
+	w.awaitRestart("a/api", formatTime(at))
+}
+
 func TestForgetBoundsMemory(t *testing.T) {
 	w := startTestWorker(t, newKubeAPI(t))
 	now := time.Now()
