@@ -28,8 +28,9 @@ import (
 )
 
 // buildControlPlane returns the directory with etcd ("server", as Go names the
-// binary) and kube-apiserver, and builds them first if it must. The directory
-// is named after what they are built from, so a new version is a new directory.
+// binary), kube-apiserver and kubectl, and builds them first if it must. The
+// directory is named after what they are built from, so a new version is a new
+// directory.
 func buildControlPlane() (string, error) {
 	cache := os.Getenv("E2E_CACHE")
 	if cache == "" {
@@ -57,7 +58,7 @@ func buildControlPlane() (string, error) {
 		return bin, nil
 	}
 
-	fmt.Fprintf(os.Stderr, "e2e: building etcd and kube-apiserver into %s; some five minutes with a cold Go cache\n", bin)
+	fmt.Fprintf(os.Stderr, "e2e: building etcd, kube-apiserver and kubectl into %s; some five minutes with a cold Go cache\n", bin)
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", err
 	}
@@ -69,7 +70,7 @@ func buildControlPlane() (string, error) {
 	}
 	defer os.RemoveAll(building)
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", building+"/",
-		"k8s.io/kubernetes/cmd/kube-apiserver", "go.etcd.io/etcd/server/v3")
+		"k8s.io/kubernetes/cmd/kube-apiserver", "k8s.io/kubernetes/cmd/kubectl", "go.etcd.io/etcd/server/v3")
 	cmd.Dir = "controlplane"
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building the control plane: %w\n%s", err, out)
