@@ -29,7 +29,7 @@ import (
 
 // documentedSecret runs the documented command with a kubectl that only takes
 // down what it is given, and returns the Secret's data.
-func documentedSecret(t *testing.T) map[string]string {
+func documentedSecret(t testing.TB) map[string]string {
 	t.Helper()
 	page, err := os.ReadFile("../docs/deployment.md")
 	if err != nil {
@@ -64,7 +64,7 @@ type manifestValkey struct {
 
 // startManifestValkey takes further settings as arguments, and what to connect
 // with if that is not the plain port.
-func startManifestValkey(t *testing.T, options valkey.ClientOption, extra ...string) *manifestValkey {
+func startManifestValkey(t testing.TB, options valkey.ClientOption, extra ...string) *manifestValkey {
 	t.Helper()
 	objects := readManifests(t, "../k8s/20-valkey.yaml")
 	set := manifestNamed(t, objects, "StatefulSet", "valkey")
@@ -171,7 +171,7 @@ func (m *manifestValkey) settings(user string) []string {
 }
 
 // refusals are the entries of ACL LOG.
-func (m *manifestValkey) refusals(t *testing.T) int {
+func (m *manifestValkey) refusals(t testing.TB) int {
 	t.Helper()
 	entries, err := m.must(t, "ACL", "LOG").ToArray()
 	if err != nil {
@@ -333,7 +333,7 @@ func noPermission(err error) bool {
 
 // arguments is a command with as many arguments as it must have; which ones
 // does not matter where the command itself is refused.
-func arguments(t *testing.T, v *manifestValkey, command string) []string {
+func arguments(t testing.TB, v *manifestValkey, command string) []string {
 	t.Helper()
 	words := strings.Split(command, "|")
 	info, err := v.must(t, "COMMAND", "INFO", command).ToArray()
@@ -421,7 +421,7 @@ func TestManifestValkeyTLS(t *testing.T) {
 }
 
 // otherCA is the certificate of a CA that signed nothing here.
-func otherCA(t *testing.T) []byte {
+func otherCA(t testing.TB) []byte {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -94,7 +94,7 @@ func (c *client) post(ctx context.Context, token, body string) (answer, error) {
 func imageBody(image string) string { return fmt.Sprintf(`{"image":%q}`, image) }
 
 // mustPush is one POST that must be accepted at once; it returns T.
-func (c *client) mustPush(t *testing.T, image string) int64 {
+func (c *client) mustPush(t testing.TB, image string) int64 {
 	t.Helper()
 	a, err := c.post(t.Context(), github.mint(c.now(), nil), imageBody(image))
 	if err != nil {
@@ -124,7 +124,7 @@ func newLedger() *ledger {
 }
 
 // pushOnce is mustPush that also goes into the ledger.
-func (l *ledger) pushOnce(t *testing.T, c *client, image string) int64 {
+func (l *ledger) pushOnce(t testing.TB, c *client, image string) int64 {
 	t.Helper()
 	at := c.mustPush(t, image)
 	l.mu.Lock()
@@ -224,7 +224,7 @@ func (l *ledger) events() int {
 //     grow, one that nobody was given, or more of them than events.
 //
 // Coalesced events are neither: the newest T stands for those before it.
-func (l *ledger) verify(t *testing.T, v *valkeyServer, r *recorder, deployments []deployment, within time.Duration) {
+func (l *ledger) verify(t testing.TB, v *valkeyServer, r *recorder, deployments []deployment, within time.Duration) {
 	t.Helper()
 	l.mu.Lock()
 	newest, given, uncertain := map[string]int64{}, map[string]map[int64]bool{}, maps.Clone(l.uncertain)

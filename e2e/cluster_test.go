@@ -34,7 +34,7 @@ const home = "kuberollouttrigger"
 // cluster is an API server with nothing in it but what a test puts there.
 type cluster struct{ *apiServer }
 
-func startCluster(t *testing.T) cluster {
+func startCluster(t testing.TB) cluster {
 	t.Helper()
 	// The same etcd, but other keys in it.
 	api, err := startAPIServer(sharedAPI.bin, sharedEtcd, "--etcd-prefix=/"+strings.ToLower(t.Name()))
@@ -47,7 +47,7 @@ func startCluster(t *testing.T) cluster {
 
 // readManifests parses the files that match a pattern, in the order in which
 // kubectl takes them.
-func readManifests(t *testing.T, pattern string) (objects []*unstructured.Unstructured) {
+func readManifests(t testing.TB, pattern string) (objects []*unstructured.Unstructured) {
 	t.Helper()
 	names, err := filepath.Glob(pattern)
 	if err != nil || len(names) == 0 {
@@ -75,7 +75,7 @@ func readManifests(t *testing.T, pattern string) (objects []*unstructured.Unstru
 	return objects
 }
 
-func manifestNamed(t *testing.T, objects []*unstructured.Unstructured, kind, name string) *unstructured.Unstructured {
+func manifestNamed(t testing.TB, objects []*unstructured.Unstructured, kind, name string) *unstructured.Unstructured {
 	t.Helper()
 	for _, object := range objects {
 		if object.GetKind() == kind && object.GetName() == name {
@@ -102,7 +102,7 @@ func resourceOf(object *unstructured.Unstructured) schema.GroupVersionResource {
 }
 
 // apply is kubectl apply --server-side: a misspelt member is an error.
-func (c cluster) apply(t *testing.T, namespace string, object *unstructured.Unstructured, dryRun bool) (*unstructured.Unstructured, error) {
+func (c cluster) apply(t testing.TB, namespace string, object *unstructured.Unstructured, dryRun bool) (*unstructured.Unstructured, error) {
 	t.Helper()
 	body, err := object.MarshalJSON()
 	if err != nil {
@@ -120,7 +120,7 @@ func (c cluster) apply(t *testing.T, namespace string, object *unstructured.Unst
 }
 
 // mustApply applies all and returns the resourceVersions.
-func (c cluster) mustApply(t *testing.T, namespace string, objects []*unstructured.Unstructured, dryRun bool) (versions []string) {
+func (c cluster) mustApply(t testing.TB, namespace string, objects []*unstructured.Unstructured, dryRun bool) (versions []string) {
 	t.Helper()
 	for _, object := range objects {
 		applied, err := c.apply(t, namespace, object, dryRun)
@@ -140,7 +140,7 @@ func (c cluster) mustApply(t *testing.T, namespace string, objects []*unstructur
 }
 
 // install applies k8s/.
-func (c cluster) install(t *testing.T) []*unstructured.Unstructured {
+func (c cluster) install(t testing.TB) []*unstructured.Unstructured {
 	t.Helper()
 	objects := readManifests(t, "../k8s/*.yaml")
 	c.mustApply(t, "", objects, false)
@@ -148,7 +148,7 @@ func (c cluster) install(t *testing.T) []*unstructured.Unstructured {
 }
 
 // worker is the ServiceAccount of the manifests with a token of its own.
-func (c cluster) worker(t *testing.T) user {
+func (c cluster) worker(t testing.TB) user {
 	t.Helper()
 	request, err := c.admin.Resource(schema.GroupVersionResource{Version: "v1", Resource: "serviceaccounts"}).Namespace(home).Create(t.Context(),
 		&unstructured.Unstructured{Object: map[string]any{
@@ -164,7 +164,7 @@ func (c cluster) worker(t *testing.T) user {
 	return user{name: "system:serviceaccount:" + home + ":worker", token: token}
 }
 
-func (c cluster) as(t *testing.T, u user) *dynamic.DynamicClient {
+func (c cluster) as(t testing.TB, u user) *dynamic.DynamicClient {
 	t.Helper()
 	client, err := dynamic.NewForConfig(c.config(u.token))
 	if err != nil {
@@ -173,7 +173,7 @@ func (c cluster) as(t *testing.T, u user) *dynamic.DynamicClient {
 	return client
 }
 
-func (c cluster) namespace(t *testing.T, name string) {
+func (c cluster) namespace(t testing.TB, name string) {
 	t.Helper()
 	_, err := c.admin.Resource(namespacesResource).Create(t.Context(), &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name}}}, metav1.CreateOptions{})
@@ -182,14 +182,14 @@ func (c cluster) namespace(t *testing.T, name string) {
 	}
 }
 
-func (c cluster) create(t *testing.T, d deployment) {
+func (c cluster) create(t testing.TB, d deployment) {
 	t.Helper()
 	if _, err := c.admin.Resource(deploymentsResource).Namespace(d.namespace).Create(t.Context(), &unstructured.Unstructured{Object: d.object()}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (c cluster) get(t *testing.T, d deployment) *unstructured.Unstructured {
+func (c cluster) get(t testing.TB, d deployment) *unstructured.Unstructured {
 	t.Helper()
 	object, err := c.admin.Resource(deploymentsResource).Namespace(d.namespace).Get(t.Context(), d.name, metav1.GetOptions{})
 	if err != nil {
@@ -198,8 +198,16 @@ func (c cluster) get(t *testing.T, d deployment) *unstructured.Unstructured {
 	return object
 }
 
+// patch merges into a Deployment as the administrator.
+func (c cluster) patch(t testing.TB, d deployment, body string) {
+	t.Helper()
+	if _, err := c.admin.Resource(deploymentsResource).Namespace(d.namespace).Patch(t.Context(), d.name, types.MergePatchType, []byte(body), metav1.PatchOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
 // mustRestart pushes the image of a Deployment and waits for the restart.
-func (c cluster) mustRestart(t *testing.T, job *client, d deployment) {
+func (c cluster) mustRestart(t testing.TB, job *client, d deployment) {
 	t.Helper()
 	want := stamp(job.mustPush(t, d.images[0]))
 	eventually(t, 15*time.Second, d.key()+" is restarted", func() error {
@@ -212,7 +220,7 @@ func (c cluster) mustRestart(t *testing.T, job *client, d deployment) {
 
 // awaitPolicy waits until the API server enforces the policy, of which it
 // learns through a watch of its own. A dry run goes through admission too.
-func (c cluster) awaitPolicy(t *testing.T, client dynamic.Interface, d deployment) {
+func (c cluster) awaitPolicy(t testing.TB, client dynamic.Interface, d deployment) {
 	t.Helper()
 	eventually(t, 30*time.Second, "the policy is enforced", func() error {
 		_, err := client.Resource(deploymentsResource).Namespace(d.namespace).Patch(t.Context(), d.name, types.MergePatchType,
@@ -603,9 +611,7 @@ func TestRestartOnly(t *testing.T) {
 	}
 
 	// Nobody else is held to it.
-	if _, err := c.admin.Resource(deploymentsResource).Namespace("shop").Patch(t.Context(), d.name, types.MergePatchType, []byte(`{"spec":{"replicas":3}}`), metav1.PatchOptions{}); err != nil {
-		t.Errorf("the administrator was refused: %v", err)
-	}
+	c.patch(t, d, `{"spec":{"replicas":3}}`)
 	fmt.Printf("%s: the restart passes; %d changes refused by RBAC, %d by the policy (cluster-admin by mistake included)\n", t.Name(), count[rbacRefused], count[policyRefused])
 }
 

@@ -254,7 +254,7 @@ func workerUser(i int) user {
 var usersTaken atomic.Int64
 
 // newUser is a user no other test has, with no rights at all.
-func newUser(t *testing.T) user {
+func newUser(t testing.TB) user {
 	t.Helper()
 	i := usersTaken.Add(1) - 1
 	if i >= workerUsers {
@@ -275,7 +275,7 @@ var workerVerbs = []string{"list", "watch", "patch"}
 
 // grant gives the user verbs on Deployments: in the namespaces named, by a Role
 // in each, or in all of them by a ClusterRole if none is.
-func (u user) grant(t *testing.T, verbs []string, namespaces ...string) {
+func (u user) grant(t testing.TB, verbs []string, namespaces ...string) {
 	t.Helper()
 	rules := []any{map[string]any{"apiGroups": []any{"apps"}, "resources": []any{"deployments"}, "verbs": toAny(verbs)}}
 	subjects := []any{map[string]any{"kind": "User", "name": u.name, "apiGroup": rbacGroup.Group}}
@@ -313,7 +313,7 @@ func (u user) grant(t *testing.T, verbs []string, namespaces ...string) {
 }
 
 // newWorkerUser is a user who may do what a worker needs, and no more.
-func newWorkerUser(t *testing.T, namespaces ...string) user {
+func newWorkerUser(t testing.TB, namespaces ...string) user {
 	t.Helper()
 	u := newUser(t)
 	u.grant(t, workerVerbs, namespaces...)
@@ -322,7 +322,7 @@ func newWorkerUser(t *testing.T, namespaces ...string) user {
 
 // kubeconfig writes one for the user and returns its path. The server may be a
 // proxy before the API server.
-func (u user) kubeconfig(t *testing.T, server string) string {
+func (u user) kubeconfig(t testing.TB, server string) string {
 	t.Helper()
 	// JSON is YAML.
 	config, err := json.Marshal(map[string]any{
@@ -342,7 +342,7 @@ func (u user) kubeconfig(t *testing.T, server string) string {
 }
 
 // create creates an object as the administrator.
-func create(t *testing.T, resource schema.GroupVersionResource, namespace string, object map[string]any) *unstructured.Unstructured {
+func create(t testing.TB, resource schema.GroupVersionResource, namespace string, object map[string]any) *unstructured.Unstructured {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()

@@ -27,7 +27,7 @@ type rig struct {
 }
 
 // newRig has each image in so many Deployments.
-func newRig(t *testing.T, images, each int) *rig {
+func newRig(t testing.TB, images, each int) *rig {
 	t.Helper()
 	g := &rig{namespace: newNamespace(t), images: newImages(images), valkey: startValkey(t)}
 	for i, image := range g.images {
@@ -44,7 +44,7 @@ func newRig(t *testing.T, images, each int) *rig {
 
 // launchWorker starts a worker for the rig's namespace. The API server and
 // Valkey may be proxies; empty is the real one.
-func (g *rig) launchWorker(t *testing.T, api, valkey string, settings ...string) *program {
+func (g *rig) launchWorker(t testing.TB, api, valkey string, settings ...string) *program {
 	t.Helper()
 	if api == "" {
 		api = sharedAPI.url
@@ -55,14 +55,14 @@ func (g *rig) launchWorker(t *testing.T, api, valkey string, settings ...string)
 	return launchWorker(t, programPath, valkey, g.user.kubeconfig(t, api), append([]string{"WORKER_NAMESPACES=" + g.namespace}, settings...)...)
 }
 
-func (g *rig) startWorker(t *testing.T, api, valkey string, settings ...string) *program {
+func (g *rig) startWorker(t testing.TB, api, valkey string, settings ...string) *program {
 	t.Helper()
 	worker := g.launchWorker(t, api, valkey, settings...)
 	worker.waitReady(t, 20*time.Second)
 	return worker
 }
 
-func (g *rig) verify(t *testing.T, within time.Duration) {
+func (g *rig) verify(t testing.TB, within time.Duration) {
 	t.Helper()
 	g.ledger.verify(t, g.valkey, g.recorder, g.apps, within)
 }

@@ -22,7 +22,7 @@ const restartedAtKey = "kubectl.kubernetes.io/restartedAt"
 var namespacesMade atomic.Int64
 
 // newNamespace is a namespace no other test has.
-func newNamespace(t *testing.T) string {
+func newNamespace(t testing.TB) string {
 	t.Helper()
 	name := fmt.Sprintf("e2e-%d", namespacesMade.Add(1))
 	create(t, namespacesResource, "", map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name}})
@@ -103,19 +103,19 @@ func (d deployment) object() map[string]any {
 }
 
 // create creates it and returns it for comparing.
-func (d deployment) create(t *testing.T) *unstructured.Unstructured {
+func (d deployment) create(t testing.TB) *unstructured.Unstructured {
 	t.Helper()
 	return create(t, deploymentsResource, d.namespace, d.object())
 }
 
-func createAll(t *testing.T, all []deployment) {
+func createAll(t testing.TB, all []deployment) {
 	t.Helper()
 	for _, d := range all {
 		d.create(t)
 	}
 }
 
-func (d deployment) get(t *testing.T) *unstructured.Unstructured {
+func (d deployment) get(t testing.TB) *unstructured.Unstructured {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -127,7 +127,7 @@ func (d deployment) get(t *testing.T) *unstructured.Unstructured {
 }
 
 // patch merges into it, as somebody else than the worker.
-func (d deployment) patch(t *testing.T, body string) {
+func (d deployment) patch(t testing.TB, body string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
@@ -138,7 +138,7 @@ func (d deployment) patch(t *testing.T, body string) {
 }
 
 // annotate writes restartedAt, or takes it away if value is empty.
-func (d deployment) annotate(t *testing.T, value string) {
+func (d deployment) annotate(t testing.TB, value string) {
 	t.Helper()
 	quoted := "null"
 	if value != "" {
@@ -169,7 +169,7 @@ type recorder struct {
 	broken  error         // set when steps may have been missed
 }
 
-func record(t *testing.T, namespaces ...string) *recorder {
+func record(t testing.TB, namespaces ...string) *recorder {
 	t.Helper()
 	r := &recorder{steps: map[string][]step{}, changed: make(chan struct{})}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -250,7 +250,7 @@ func (r *recorder) err() error {
 
 // waitRestartedAt waits until the Deployment carries the value, and returns the
 // step that brought it.
-func (r *recorder) waitRestartedAt(t *testing.T, within time.Duration, d deployment, want string) step {
+func (r *recorder) waitRestartedAt(t testing.TB, within time.Duration, d deployment, want string) step {
 	t.Helper()
 	deadline := time.After(within)
 	for {
@@ -272,7 +272,7 @@ func (r *recorder) waitRestartedAt(t *testing.T, within time.Duration, d deploym
 }
 
 // mustNotChange checks that the Deployment keeps its generation for a while.
-func (r *recorder) mustNotChange(t *testing.T, d deployment, during time.Duration) {
+func (r *recorder) mustNotChange(t testing.TB, d deployment, during time.Duration) {
 	t.Helper()
 	before := len(r.of(d))
 	time.Sleep(during)

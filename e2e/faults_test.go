@@ -424,7 +424,7 @@ var (
 )
 
 // setUser makes a user of Valkey, or replaces it.
-func (v *valkeyServer) setUser(t *testing.T, name, password, keys string, rights ...string) {
+func (v *valkeyServer) setUser(t testing.TB, name, password, keys string, rights ...string) {
 	t.Helper()
 	v.must(t, append([]string{"ACL", "SETUSER", name, "reset", "on", ">" + password, "&" + channel, keys + "~" + channel + ":*"}, rights...)...)
 }

@@ -30,7 +30,7 @@ type pair struct {
 
 // startPair starts all of it. The worker sees its namespace alone, with the
 // Role it needs there, unless settings say otherwise.
-func startPair(t *testing.T, settings ...string) *pair {
+func startPair(t testing.TB, settings ...string) *pair {
 	t.Helper()
 	p := &pair{namespace: newNamespace(t), valkey: startValkey(t)}
 	p.kubeconfig = newWorkerUser(t, p.namespace).kubeconfig(t, sharedAPI.url)
@@ -197,7 +197,7 @@ func TestSeveralTags(t *testing.T) {
 }
 
 // recordOf is the whole sorted set.
-func recordOf(t *testing.T, v *valkeyServer) map[string]float64 {
+func recordOf(t testing.TB, v *valkeyServer) map[string]float64 {
 	t.Helper()
 	scores, err := v.must(t, "ZRANGE", recorded, "0", "-1", "WITHSCORES").AsZScores()
 	if err != nil {

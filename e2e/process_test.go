@@ -123,7 +123,7 @@ func (p *process) kill() {
 func (p *process) signal(sig os.Signal) { _ = p.cmd.Process.Signal(sig) }
 
 // exitCode waits for the process to end by itself.
-func (p *process) exitCode(t *testing.T, within time.Duration) int {
+func (p *process) exitCode(t testing.TB, within time.Duration) int {
 	t.Helper()
 	select {
 	case <-p.done:
@@ -145,7 +145,7 @@ func (p *process) exited() bool {
 // ownedBy ties the process to a test: it ends with it, its output is shown if
 // the test failed, and a crash or a data race fails the test whatever it is
 // about.
-func (p *process) ownedBy(t *testing.T) {
+func (p *process) ownedBy(t testing.TB) {
 	t.Cleanup(func() {
 		p.kill()
 		for _, sign := range []string{"WARNING: DATA RACE", "\npanic: ", "\nfatal error: "} {
@@ -177,7 +177,7 @@ func (l logLine) is(pairs ...string) bool {
 // logs are the JSON lines on the process's standard error. What is not JSON is
 // not skipped: the log is promised to be JSON, apart from the last message of a
 // process that could not even start, which tests read from stderr itself.
-func (p *process) logs(t *testing.T) []logLine {
+func (p *process) logs(t testing.TB) []logLine {
 	t.Helper()
 	var lines []logLine
 	for _, raw := range strings.Split(p.stderr.String(), "\n") {
@@ -194,7 +194,7 @@ func (p *process) logs(t *testing.T) []logLine {
 }
 
 // logged are the log lines that match pairs.
-func (p *process) logged(t *testing.T, pairs ...string) []logLine {
+func (p *process) logged(t testing.TB, pairs ...string) []logLine {
 	t.Helper()
 	var found []logLine
 	for _, line := range p.logs(t) {
@@ -206,7 +206,7 @@ func (p *process) logged(t *testing.T, pairs ...string) []logLine {
 }
 
 // waitLogged waits for a log line that matches pairs.
-func (p *process) waitLogged(t *testing.T, within time.Duration, pairs ...string) logLine {
+func (p *process) waitLogged(t testing.TB, within time.Duration, pairs ...string) logLine {
 	t.Helper()
 	var line logLine
 	eventually(t, within, fmt.Sprintf("%s logs %q", p.name, pairs), func() error {
@@ -221,7 +221,7 @@ func (p *process) waitLogged(t *testing.T, within time.Duration, pairs ...string
 }
 
 // eventually polls check until it returns nil.
-func eventually(t *testing.T, within time.Duration, what string, check func() error) {
+func eventually(t testing.TB, within time.Duration, what string, check func() error) {
 	t.Helper()
 	if err := poll(within, check); err != nil {
 		t.Fatalf("waited %s for: %s\nat last: %v", within, what, err)
@@ -266,7 +266,7 @@ func freePort() (int, error) {
 	return 0, errors.New("no free port between 10000 and 32000")
 }
 
-func mustPort(t *testing.T) int {
+func mustPort(t testing.TB) int {
 	t.Helper()
 	port, err := freePort()
 	if err != nil {

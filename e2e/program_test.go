@@ -18,7 +18,7 @@ type program struct {
 
 // launch starts the program. The settings are NAME=value and replace earlier
 // ones of the same name; NAME= alone takes the variable away.
-func launch(t *testing.T, binary, mode string, settings ...string) *process {
+func launch(t testing.TB, binary, mode string, settings ...string) *process {
 	t.Helper()
 	values, order := map[string]string{}, []string{}
 	for _, setting := range append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, settings...) {
@@ -47,7 +47,7 @@ func launch(t *testing.T, binary, mode string, settings ...string) *process {
 }
 
 // launchWeb starts a web that need not become ready.
-func launchWeb(t *testing.T, binary, valkeyAddr string, settings ...string) *program {
+func launchWeb(t testing.TB, binary, valkeyAddr string, settings ...string) *program {
 	t.Helper()
 	public, ops := mustPort(t), mustPort(t)
 	web := &program{url: fmt.Sprintf("http://127.0.0.1:%d", public), ops: fmt.Sprintf("http://127.0.0.1:%d", ops)}
@@ -64,7 +64,7 @@ func launchWeb(t *testing.T, binary, valkeyAddr string, settings ...string) *pro
 	return web
 }
 
-func startWeb(t *testing.T, valkeyAddr string, settings ...string) *program {
+func startWeb(t testing.TB, valkeyAddr string, settings ...string) *program {
 	t.Helper()
 	web := launchWeb(t, programPath, valkeyAddr, settings...)
 	web.waitReady(t, 20*time.Second)
@@ -72,7 +72,7 @@ func startWeb(t *testing.T, valkeyAddr string, settings ...string) *program {
 }
 
 // launchWorker starts a worker that need not become ready.
-func launchWorker(t *testing.T, binary, valkeyAddr, kubeconfig string, settings ...string) *program {
+func launchWorker(t testing.TB, binary, valkeyAddr, kubeconfig string, settings ...string) *program {
 	t.Helper()
 	ops := mustPort(t)
 	worker := &program{ops: fmt.Sprintf("http://127.0.0.1:%d", ops)}
@@ -85,7 +85,7 @@ func launchWorker(t *testing.T, binary, valkeyAddr, kubeconfig string, settings 
 	return worker
 }
 
-func startWorker(t *testing.T, valkeyAddr, kubeconfig string, settings ...string) *program {
+func startWorker(t testing.TB, valkeyAddr, kubeconfig string, settings ...string) *program {
 	t.Helper()
 	worker := launchWorker(t, programPath, valkeyAddr, kubeconfig, settings...)
 	worker.waitReady(t, 20*time.Second)
@@ -105,7 +105,7 @@ func (p *program) probe(path string) (status int, body string, err error) {
 	return resp.StatusCode, string(raw), err
 }
 
-func (p *program) waitReady(t *testing.T, within time.Duration) {
+func (p *program) waitReady(t testing.TB, within time.Duration) {
 	t.Helper()
 	eventually(t, within, p.name+" is ready", func() error {
 		if p.exited() {
@@ -123,7 +123,7 @@ func (p *program) waitReady(t *testing.T, within time.Duration) {
 }
 
 // waitNotReady waits for a 503 of /readyz and returns the reason it gives.
-func (p *program) waitNotReady(t *testing.T, within time.Duration) string {
+func (p *program) waitNotReady(t testing.TB, within time.Duration) string {
 	t.Helper()
 	var reason string
 	eventually(t, within, p.name+" says that it is not ready", func() error {

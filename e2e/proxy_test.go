@@ -40,7 +40,7 @@ type tcpProxy struct {
 	epoch    int // connections of an earlier one are silent for good
 }
 
-func newTCPProxy(t *testing.T, target string) *tcpProxy {
+func newTCPProxy(t testing.TB, target string) *tcpProxy {
 	t.Helper()
 	p := &tcpProxy{addr: fmt.Sprintf("127.0.0.1:%d", mustPort(t)), target: target, changed: make(chan struct{}), conns: map[net.Conn]bool{}}
 	if err := p.listen(); err != nil {
@@ -211,7 +211,7 @@ type patchSeen struct {
 // server. lifted is closed when it is replaced.
 type intercept func(w http.ResponseWriter, r *http.Request, lifted <-chan struct{}) bool
 
-func newAPIProxy(t *testing.T, target string) *apiProxy {
+func newAPIProxy(t testing.TB, target string) *apiProxy {
 	t.Helper()
 	p := &apiProxy{patches: map[string][]patchSeen{}, lifted: make(chan struct{})}
 	to, err := url.Parse(target)

@@ -27,7 +27,7 @@ type valkeyServer struct {
 	client valkey.Client // the test's own, for looking in
 }
 
-func startValkey(t *testing.T, extra ...string) *valkeyServer {
+func startValkey(t testing.TB, extra ...string) *valkeyServer {
 	t.Helper()
 	v := newValkey(t, extra...)
 	v.start(t)
@@ -35,7 +35,7 @@ func startValkey(t *testing.T, extra ...string) *valkeyServer {
 }
 
 // newValkey is a Valkey that is not running yet.
-func newValkey(t *testing.T, extra ...string) *valkeyServer {
+func newValkey(t testing.TB, extra ...string) *valkeyServer {
 	t.Helper()
 	port := mustPort(t)
 	return &valkeyServer{
@@ -47,7 +47,7 @@ func newValkey(t *testing.T, extra ...string) *valkeyServer {
 }
 
 // start starts it, again after a kill, and waits until it answers.
-func (v *valkeyServer) start(t *testing.T) {
+func (v *valkeyServer) start(t testing.TB) {
 	t.Helper()
 	var err error
 	if v.proc, err = startProcess("valkey", []string{"PATH=" + os.Getenv("PATH")}, "valkey-server", v.args...); err != nil {
@@ -74,14 +74,14 @@ func (v *valkeyServer) start(t *testing.T) {
 func (v *valkeyServer) kill() { v.proc.kill() }
 
 // do runs one command as the default user.
-func (v *valkeyServer) do(t *testing.T, command ...string) valkey.ValkeyResult {
+func (v *valkeyServer) do(t testing.TB, command ...string) valkey.ValkeyResult {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 5*time.Second)
 	defer cancel()
 	return v.client.Do(ctx, v.client.B().Arbitrary(command...).Build())
 }
 
 // must is do for a command that cannot fail.
-func (v *valkeyServer) must(t *testing.T, command ...string) valkey.ValkeyResult {
+func (v *valkeyServer) must(t testing.TB, command ...string) valkey.ValkeyResult {
 	t.Helper()
 	result := v.do(t, command...)
 	if err := result.Error(); err != nil && !valkey.IsValkeyNil(err) {
@@ -91,7 +91,7 @@ func (v *valkeyServer) must(t *testing.T, command ...string) valkey.ValkeyResult
 }
 
 // requestedAt is the T on record for an image, in µs, 0 if there is none.
-func (v *valkeyServer) requestedAt(t *testing.T, image string) int64 {
+func (v *valkeyServer) requestedAt(t testing.TB, image string) int64 {
 	t.Helper()
 	result := v.must(t, "ZSCORE", recorded, image)
 	if valkey.IsValkeyNil(result.Error()) {
@@ -105,7 +105,7 @@ func (v *valkeyServer) requestedAt(t *testing.T, image string) int64 {
 }
 
 // now is the clock of Valkey, in µs.
-func (v *valkeyServer) now(t *testing.T) int64 {
+func (v *valkeyServer) now(t testing.TB) int64 {
 	t.Helper()
 	parts, err := v.must(t, "TIME").AsStrSlice()
 	if err != nil || len(parts) != 2 {
