@@ -5,12 +5,11 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"maps"
 	"slices"
 	"strings"
 	"unicode"
 
-	yaml "sigs.k8s.io/yaml/goyaml.v2"
+	"go.yaml.in/yaml/v3"
 )
 
 // defaultCondition holds for a rule that does not name event_name. Each of these
@@ -176,106 +175,145 @@ func (r *rule) allows(c claims, image string) bool {
 }
 
 // parseRules reads TRUST_POLICY. What it does not understand or what could never
-// match is an error: a policy that means something else than its author must
-// not start.
+// match is an error that names the line: a policy that means something else than
+// its author must not start.
 func parseRules(text string) ([]rule, error) {
-	// sigs.k8s.io/yaml itself reads only the first document, and makes strings of
-	// keys that are none.
 	decoder := yaml.NewDecoder(strings.NewReader(text))
-	decoder.SetStrict(true) // duplicate keys
-	var document any
+	var document yaml.Node
 	if err := decoder.Decode(&document); err != nil && err != io.EOF {
 		return nil, errors.New(strings.Join(strings.Fields(err.Error()), " "))
 	}
-	if err := decoder.Decode(new(any)); err != io.EOF {
+	if err := decoder.Decode(new(yaml.Node)); err != io.EOF {
 		return nil, errors.New("more than one YAML document; expected one list of rules")
 	}
-	list, _ := document.([]any)
-	if len(list) == 0 {
+	if len(document.Content) == 0 || document.Content[0].Kind != yaml.SequenceNode || len(document.Content[0].Content) == 0 {
 		return nil, errors.New(`no rules; expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`)
 	}
-	rules := make([]rule, len(list))
-	for i, item := range list {
-		r, err := parseRule(item)
+	var rules []rule
+	for i, item := range document.Content[0].Content {
+		r, err := parseRule(target(item))
 		if err != nil {
-			return nil, fmt.Errorf("rule %d: %w", i+1, err)
+			return nil, fmt.Errorf("rule %d, %w", i+1, err)
 		}
 		r.name = fmt.Sprintf("rule %d", i+1)
-		rules[i] = r
+		rules = append(rules, r)
 	}
 	return rules, nil
 }
 
-func parseRule(item any) (r rule, err error) {
-	members, _ := item.(map[any]any)
-	for name := range members {
-		if name != "claims" && name != "images" {
-			return r, fmt.Errorf("unknown member %q; expected claims and images", fmt.Sprint(name))
+// atLine is an error in a policy: where, and what is wrong there.
+func atLine(n *yaml.Node, format string, args ...any) error {
+	return fmt.Errorf("line %d: %w", n.Line, fmt.Errorf(format, args...))
+}
+
+// target is n, or what it is an alias of.
+func target(n *yaml.Node) *yaml.Node {
+	if n.Kind == yaml.AliasNode {
+		return n.Alias
+	}
+	return n
+}
+
+func parseRule(item *yaml.Node) (r rule, err error) {
+	members, err := parseMap(item)
+	if err != nil {
+		return r, err
+	}
+	claims, images := item, item
+	for _, m := range members {
+		switch m.name {
+		case "claims":
+			claims = m.value
+		case "images":
+			images = m.value
+		default:
+			return r, atLine(m.key, "unknown member %q; expected claims and images", m.name)
 		}
 	}
-	named, _ := members["claims"].(map[any]any)
-	if len(named) == 0 {
-		return r, errors.New("no claims; expected names with values, such as claims: {ref: refs/heads/main}")
+	if claims == item || claims.Kind != yaml.MappingNode || len(claims.Content) == 0 {
+		return r, atLine(claims, "no claims; expected names with values, such as claims: {ref: refs/heads/main}")
+	}
+	if members, err = parseMap(claims); err != nil {
+		return r, err
 	}
 	// A rule that does not name the event gets the default ones, even beside a
 	// rule that names others: to let pull requests restart preview images must
 	// not open the rule for production.
-	if _, ok := named["event_name"]; !ok {
+	if !slices.ContainsFunc(members, func(m member) bool { return m.name == defaultCondition.claim }) {
 		r.conditions = append(r.conditions, defaultCondition)
 	}
-	for _, key := range slices.SortedFunc(maps.Keys(named), func(a, b any) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) }) {
-		name, ok := key.(string)
-		if !ok {
-			return r, fmt.Errorf("claim name %v is not a string; put it in quotes", key)
-		}
-		if strings.ContainsFunc(name, notText) {
-			return r, fmt.Errorf("claim name %q has a control character", name)
-		}
-		values, ok := named[key].([]any)
-		if !ok {
-			values = []any{named[key]}
-		}
-		patterns, err := parsePatterns(values, func(s string) error { return checkValue(name, s) })
+	for _, m := range members {
+		patterns, err := parsePatterns("claim "+m.name, m.value, func(s string) error { return checkValue(m.name, s) })
 		if err != nil {
-			return r, fmt.Errorf("claim %s: %w", name, err)
+			return r, err
 		}
-		r.conditions = append(r.conditions, condition{name, patterns})
+		r.conditions = append(r.conditions, condition{m.name, patterns})
 	}
-	images, ok := members["images"].([]any)
-	if !ok {
-		return r, errors.New(`no images; expected a list, such as images: ["ghcr.io/{repository}:dev"]`)
+	if images == item || images.Kind != yaml.SequenceNode {
+		return r, atLine(images, `no images; expected a list, such as images: ["ghcr.io/{repository}:dev"]`)
 	}
-	if r.images, err = parsePatterns(images, checkImage); err != nil {
-		return r, fmt.Errorf("images: %w", err)
-	}
-	return r, nil
+	r.images, err = parsePatterns("images", images, checkImage)
+	return r, err
 }
 
-func parsePatterns(values []any, check func(string) error) (patterns []pattern, err error) {
+// member is a name in a map with its value.
+type member struct {
+	name       string
+	key, value *yaml.Node
+}
+
+// parseMap returns the members of a map in their order; none if n is no map.
+func parseMap(n *yaml.Node) (members []member, err error) {
+	if n.Kind != yaml.MappingNode {
+		return nil, nil
+	}
+	for i := 0; i < len(n.Content); i += 2 {
+		m := member{key: target(n.Content[i]), value: target(n.Content[i+1])}
+		if m.name, err = parseString(m.key); err != nil {
+			return nil, atLine(m.key, "a name: %w", err)
+		}
+		if slices.ContainsFunc(members, func(other member) bool { return other.name == m.name }) {
+			return nil, atLine(m.key, "%q is there twice", m.name)
+		}
+		members = append(members, m)
+	}
+	return members, nil
+}
+
+// parsePatterns takes one string, or a list of them.
+func parsePatterns(what string, n *yaml.Node, check func(string) error) (patterns []pattern, err error) {
+	values := []*yaml.Node{n}
+	if n.Kind == yaml.SequenceNode {
+		values = n.Content
+	}
 	if len(values) == 0 {
-		return nil, errors.New("an empty list; expected at least one value")
+		return nil, atLine(n, "%s: an empty list; expected at least one value", what)
 	}
 	for _, value := range values {
-		switch value := value.(type) {
-		case string:
-			if strings.ContainsFunc(value, notText) {
-				return nil, fmt.Errorf("%q has a control character; no claim and no image has one", value)
-			}
-			if err := check(value); err != nil {
-				return nil, err
-			}
-			patterns = append(patterns, newPattern(value))
-		case nil:
-			return nil, errors.New(`no value; expected a string, "" if the claim must be empty`)
-		case bool:
-			return nil, fmt.Errorf("%t is not a string; put on, off, yes, no, true and false in quotes, or YAML reads them so", value)
-		case []any, map[any]any:
-			return nil, errors.New("a list or map as value; expected a string")
-		default:
-			return nil, fmt.Errorf("%v is not a string; put it in quotes, as claims are strings, ids included", value)
+		s, err := parseString(target(value))
+		if err == nil {
+			err = check(s)
 		}
+		if err != nil {
+			return nil, atLine(value, "%s: %w", what, err)
+		}
+		patterns = append(patterns, newPattern(s))
 	}
 	return patterns, nil
+}
+
+func parseString(n *yaml.Node) (string, error) {
+	switch {
+	case n.Kind != yaml.ScalarNode:
+		return "", errors.New("a list or map; expected a string")
+	case n.ShortTag() == "!!null":
+		return "", errors.New(`no value; expected a string, "" if the claim must be empty`)
+	case n.ShortTag() != "!!str":
+		return "", fmt.Errorf("%q is not a string to YAML; put it in quotes, as claims are strings, ids included", n.Value)
+	case strings.ContainsFunc(n.Value, notText):
+		return "", fmt.Errorf("%q has a control character; no claim and no image has one", n.Value)
+	}
+	return n.Value, nil
 }
 
 // notText holds for what YAML lets in by escapes alone.

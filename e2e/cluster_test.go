@@ -577,14 +577,12 @@ func TestRestartOnly(t *testing.T) {
 	}
 
 	// Whoever grants worker too much by mistake still finds the policy there.
-	for _, object := range []map[string]any{
-		{"apiVersion": rbacGroup.String(), "kind": "ClusterRoleBinding", "metadata": metadata("mistake"),
-			"roleRef":  map[string]any{"apiGroup": rbacGroup.Group, "kind": "ClusterRole", "name": "cluster-admin"},
-			"subjects": []any{map[string]any{"kind": "ServiceAccount", "name": "worker", "namespace": home}}},
-	} {
-		if _, err := c.admin.Resource(rbacGroup.WithResource("clusterrolebindings")).Create(t.Context(), &unstructured.Unstructured{Object: object}, metav1.CreateOptions{}); err != nil {
-			t.Fatal(err)
-		}
+	if _, err := c.admin.Resource(rbacGroup.WithResource("clusterrolebindings")).Create(t.Context(), &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": rbacGroup.String(), "kind": "ClusterRoleBinding", "metadata": metadata("mistake"),
+		"roleRef":  map[string]any{"kind": "ClusterRole", "name": "cluster-admin", "apiGroup": rbacGroup.Group},
+		"subjects": []any{map[string]any{"kind": "ServiceAccount", "name": "worker", "namespace": home}},
+	}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
 	}
 	eventually(t, 10*time.Second, "the mistake is effective", func() error { return get(deploymentsResource, "shop", d.name)(t.Context()) })
 	before = asJSON(c.get(t, d).Object)
