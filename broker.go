@@ -3,12 +3,10 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -25,6 +23,12 @@ const (
 	// keepRecorded is how long a request stays in the set; the longest
 	// WORKER_CATCH_UP.
 	keepRecorded = 24 * time.Hour
+
+	// maxRecorded is how many images the set holds: far more than an organisation
+	// pushes in a day, and few enough for the memory that k8s/ gives Valkey and
+	// each worker. What would exceed it is refused, so that nobody who may name
+	// any tag can crowd out what was accepted from others.
+	maxRecorded = 20_000
 
 	// publishTimeout bounds how long a job waits for Valkey before it is told
 	// to come again. It stays under the 3 s that web promises.
@@ -46,30 +50,35 @@ const (
 // them on the channel ARGV[1], all or none. T is one for all of them, later
 // than any T recorded for one of them, and read off Valkey's clock, so that any
 // number of web replicas agree. A T more than a day ahead was left by a clock
-// that was wrong; worker ignores it, and it is written over. Scores are written with %.0f because cjson and
-// tostring print 14 digits; a double holds these 16 exactly until 2255. The
-// message is put together by hand because cjson escapes slashes; a canonical
-// reference has nothing that JSON would escape.
+// that was wrong; worker ignores it, and it is written over. Scores are written
+// with %.0f because cjson and tostring print 14 digits; a double holds these 16
+// exactly until 2255. The message is put together by hand because cjson escapes
+// slashes; a canonical reference has nothing that JSON would escape.
 var publishScript = valkey.NewLuaScript(fmt.Sprintf(`
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local day = %d
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('(%%.0f', now - day))
 local t = now
+local more = 0
 for i = 2, #ARGV do
   local last = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if not last then more = more + 1 end
   if last and tonumber(last) >= t and tonumber(last) <= now + day then t = tonumber(last) + 1 end
+end
+if more > 0 and redis.call('ZCARD', KEYS[1]) + more > %d then
+  return redis.error_reply('FULL too many images were asked for within a day')
 end
 local at = string.format('%%.0f', t)
 local subscribers = 0
 for i = 2, #ARGV do
   redis.call('ZADD', KEYS[1], at, ARGV[i])
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('(%%.0f', now - day))
 for i = 2, #ARGV do
   subscribers = redis.call('PUBLISH', ARGV[1], '{"image":"' .. ARGV[i] .. '","requestedAt":' .. at .. '}')
 end
 return {at, subscribers}
-`, keepRecorded.Microseconds()))
+`, keepRecorded.Microseconds(), maxRecorded))
 
 // errBusy is a publish refused because too many are in flight.
 var errBusy = errors.New("too many requests in flight to valkey")
@@ -127,7 +136,7 @@ func (p *publisher) publish(ctx context.Context, images []string) (requestedAt, 
 // publishScript does.
 var rightsScript = valkey.NewLuaScript(`
 local needed = {
-  {'TIME'}, {'ZSCORE', KEYS[1], ''}, {'ZADD', KEYS[1], '0', ''},
+  {'TIME'}, {'ZSCORE', KEYS[1], ''}, {'ZCARD', KEYS[1]}, {'ZADD', KEYS[1], '0', ''},
   {'ZREMRANGEBYSCORE', KEYS[1], '0', '0'}, {'PUBLISH', ARGV[1], ''},
 }
 for _, command in ipairs(needed) do
@@ -221,9 +230,9 @@ func (s *subscriber) ready() error {
 }
 
 // recorded returns what was asked for within the last window, in no useful
-// order, and Valkey's clock. Entries are returned as they stand: the caller
+// order, and Valkey's clock. Events are returned as they stand: the caller
 // validates them.
-func (s *subscriber) recorded(ctx context.Context, window time.Duration) (entries []valkey.ZScore, now time.Time, err error) {
+func (s *subscriber) recorded(ctx context.Context, window time.Duration) (events []event, now time.Time, err error) {
 	const doing = "reading recorded requests"
 	clock, err := s.reader.Do(ctx, s.reader.B().Time().Build()).AsIntSlice()
 	if err != nil {
@@ -234,9 +243,13 @@ func (s *subscriber) recorded(ctx context.Context, window time.Duration) (entrie
 	}
 	now = time.Unix(clock[0], clock[1]*int64(time.Microsecond))
 	since := strconv.FormatInt(now.Add(-window).UnixMicro(), 10)
-	entries, err = s.reader.Do(ctx, s.reader.B().Zrangebyscore().Key(requestedKey(s.channel)).
-		Min(since).Max("+inf").Withscores().Build()).AsZScores()
-	return entries, now, valkeyError(doing, err)
+	// web keeps to maxRecorded. The limit is for a set that web did not write.
+	entries, err := s.reader.Do(ctx, s.reader.B().Zrangebyscore().Key(requestedKey(s.channel)).
+		Min(since).Max("+inf").Withscores().Limit(0, maxRecorded).Build()).AsZScores()
+	for _, entry := range entries {
+		events = append(events, event{entry.Member, int64(entry.Score)})
+	}
+	return events, now, valkeyError(doing, err)
 }
 
 func (s *subscriber) close() {
@@ -267,17 +280,7 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger, adjust func(*valkey.Cli
 		ClientSetInfo: valkey.DisableClientSetInfo,
 	}
 	if cfg.TLS {
-		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12}
-		if cfg.TLSCAFile != "" {
-			pem, err := os.ReadFile(cfg.TLSCAFile)
-			if err != nil {
-				return nil, usageError{fmt.Errorf("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): %w", err)}
-			}
-			o.TLSConfig.RootCAs = x509.NewCertPool()
-			if !o.TLSConfig.RootCAs.AppendCertsFromPEM(pem) {
-				return nil, usageError{fmt.Errorf("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): %q has no PEM certificate", cfg.TLSCAFile)}
-			}
-		}
+		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.TLSRoots}
 	}
 	adjust(&o)
 	client, err := valkey.NewClient(o)

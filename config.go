@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/x509"
 	"errors"
 	"flag"
 	"fmt"
@@ -63,8 +64,8 @@ type valkeyConfig struct {
 	Addr               string // host:port
 	Username, Password string // empty: no AUTH
 	TLS                bool
-	TLSCAFile          string // PEM; empty: the system's roots
-	Channel            string // PubSub channel, and prefix of the keys
+	TLSRoots           *x509.CertPool // nil: the system's
+	Channel            string         // PubSub channel, and prefix of the keys
 }
 
 // webConfig is what only web reads.
@@ -74,7 +75,7 @@ type webConfig struct {
 	Issuer      string // exact URL of the OIDC issuer
 	Orgs        []string
 	OrgIDs      []string // empty: not pinned
-	TrustPolicy string   // YAML; empty: the default policy
+	TrustPolicy []rule   // empty: the default policy
 }
 
 // workerConfig is what only worker reads.
@@ -96,6 +97,7 @@ type option struct {
 	required mode // those of modes that cannot do without it
 	def      string
 	secret   bool // its value is never printed, errors included
+	long     bool // its value has lines, and errors name the line
 	boolean  bool // the flag may stand without a value
 	usage    string
 	set      func(c *config, value string) error
@@ -120,7 +122,7 @@ var options = []option{
 	{env: "VALKEY_TLS_ENABLED", modes: bothModes, def: "false", boolean: true, usage: "speak TLS to Valkey",
 		set: func(c *config, v string) error { return setBool(&c.Valkey.TLS, v) }},
 	{env: "VALKEY_TLS_CA_FILE", modes: bothModes, usage: "PEM file with the CA of Valkey's certificate (default: system roots)",
-		set: func(c *config, v string) error { return setFile(&c.Valkey.TLSCAFile, v) }},
+		set: func(c *config, v string) error { return setRoots(&c.Valkey.TLSRoots, v) }},
 	{env: "VALKEY_CHANNEL", modes: bothModes, def: "kuberollouttrigger", usage: "PubSub channel; keys begin with it and a colon",
 		set: func(c *config, v string) error {
 			return setMatch(&c.Valkey.Channel, v, channelRE, "1 to 128 letters, digits, dots, dashes, underscores or colons")
@@ -141,8 +143,8 @@ var options = []option{
 		set: func(c *config, v string) error {
 			return setList(&c.Web.OrgIDs, v, digitsRE, "numbers separated by commas")
 		}},
-	{env: "TRUST_POLICY", modes: webMode | explainMode, usage: "YAML rules that say which jobs may restart which images",
-		set: func(c *config, v string) error { c.Web.TrustPolicy = v; return nil }},
+	{env: "TRUST_POLICY", modes: webMode | explainMode, long: true, usage: "YAML rules that say which jobs may restart which images",
+		set: func(c *config, v string) (err error) { c.Web.TrustPolicy, err = parseRules(v); return err }},
 	{env: "KUBECONFIG", modes: workerMode, usage: "path of a kubeconfig (default: in-cluster)",
 		set: func(c *config, v string) error { c.Worker.Kubeconfig = v; return nil }},
 	{env: "WORKER_NAMESPACES", modes: workerMode, usage: "comma-separated namespaces to watch (default: all)",
@@ -192,7 +194,8 @@ func parseFlags(fs *flag.FlagSet, m mode, args []string, getenv func(string) str
 		return nil, usageError{fmt.Errorf("%w; see kuberollouttrigger %s -h", err, m)}
 	}
 	if fs.NArg() > 0 {
-		return nil, usageError{fmt.Errorf("unexpected argument %q; see kuberollouttrigger %s -h", fs.Arg(0), m)}
+		// Not repeated: it may be a password, after a blank too many.
+		return nil, usageError{fmt.Errorf("an argument that is no flag; write --name=value, and see kuberollouttrigger %s -h", m)}
 	}
 
 	c := &config{}
@@ -215,18 +218,18 @@ func parseFlags(fs *flag.FlagSet, m mode, args []string, getenv func(string) str
 		case value == "":
 		default:
 			if err := o.set(c, value); err != nil {
-				shown := strconv.Quote(value)
-				if o.secret {
-					shown = "its value"
+				shown := strconv.Quote(value) + ": "
+				if o.secret || o.long {
+					shown = ""
 				}
-				wrong = append(wrong, fmt.Errorf("%s (--%s): %s: %w", o.env, o.flagName(), shown, err))
+				wrong = append(wrong, fmt.Errorf("%s (--%s): %s%w", o.env, o.flagName(), shown, err))
 			}
 		}
 	}
 	if len(missing) > 0 {
 		wrong = slices.Insert(wrong, 0, fmt.Errorf("missing required configuration: %s", strings.Join(missing, ", ")))
 	}
-	if c.Valkey.TLSCAFile != "" && !c.Valkey.TLS {
+	if c.Valkey.TLSRoots != nil && !c.Valkey.TLS {
 		wrong = append(wrong, errors.New("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file) is set, but VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"))
 	}
 	if len(wrong) > 0 {
@@ -347,13 +350,16 @@ func setDialAddr(p *string, v string) error {
 	return nil
 }
 
-func setFile(p *string, v string) error {
-	f, err := os.Open(v)
+func setRoots(p **x509.CertPool, file string) error {
+	pem, err := os.ReadFile(file)
 	if err != nil {
-		return errors.New("expected a file that can be read")
+		return fmt.Errorf("expected a file that can be read: %w", err)
 	}
-	*p = v
-	return f.Close()
+	*p = x509.NewCertPool()
+	if !(*p).AppendCertsFromPEM(pem) {
+		return errors.New("expected a file with a PEM certificate")
+	}
+	return nil
 }
 
 // setIssuer takes https only: whoever can change the issuer's keys on the way

@@ -353,7 +353,7 @@ func TestDocsExamples(t *testing.T) {
 			}
 			if strings.HasPrefix(b.text, "- claims:") {
 				policies++
-				if _, err := newPolicy([]string{"acme"}, nil, b.text); err != nil {
+				if _, err := parseRules(b.text); err != nil {
 					t.Errorf("%s: %v\n%s", name, err, b.text)
 				}
 			}
@@ -958,7 +958,7 @@ func TestDocsValkeyACL(t *testing.T) {
 	if !strings.Contains(page, "```text\n"+acl+"```\n") {
 		t.Errorf("docs/deployment.md does not show users.acl as it is in k8s:\n%s", acl)
 	}
-	if !strings.HasPrefix(acl, "user default off\n") || strings.Count(acl, "\n") != 3 {
+	if !strings.HasPrefix(acl, "user default off\n") || !strings.HasSuffix(acl, "\nuser probe on nopass resetkeys resetchannels -@all +ping\n") || strings.Count(acl, "\n") != 4 {
 		t.Errorf("users.acl is\n%s", acl)
 	}
 	for user, keys := range map[string]string{"web": "%RW~", "worker": "%R~"} {

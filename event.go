@@ -104,8 +104,11 @@ func unmarshalStrict(data []byte, v any) error {
 		return errors.New("the JSON is not valid UTF-8")
 	}
 	strict, err := kjson.UnmarshalStrict(data, v)
-	if err != nil {
-		return fmt.Errorf("the JSON cannot be read: %s", cut(err.Error()))
+	if syntax, at := kjson.SyntaxErrorOffset(err); syntax {
+		return fmt.Errorf("the JSON cannot be read, at byte %d: %s", at, cut(err.Error()))
+	}
+	if err != nil { // which speaks of Go's types
+		return errors.New("the JSON has a value of the wrong type")
 	}
 	if len(strict) > 0 {
 		return fmt.Errorf("the JSON is not as expected: %s", cut(strict[0].Error()))

@@ -78,9 +78,7 @@ func explain(ctx context.Context, args []string, getenv func(string) string, std
 		return nil
 	}
 	if err == nil {
-		q.policy, err = newPolicy(q.cfg.Web.Orgs, q.cfg.Web.OrgIDs, q.cfg.Web.TrustPolicy)
-	}
-	if err == nil {
+		q.policy = newPolicy(q.cfg.Web.Orgs, q.cfg.Web.OrgIDs, q.cfg.Web.TrustPolicy)
 		err = q.addImages(images)
 	}
 	if err == nil && len(q.claims) == 0 {

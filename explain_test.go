@@ -270,7 +270,7 @@ func TestExplainUsage(t *testing.T) {
 		{"too many tags", token, nil, []string{"--image", strings.Repeat("ghcr.io/acme/api:dev,", maxTags) + "ghcr.io/acme/api:x"}, "--image: more than 32 tags of one name"},
 		{"a policy that means nothing", token, map[string]string{"TRUST_POLICY": "x"}, []string{image}, "TRUST_POLICY (--trust-policy): no rules"},
 		{"an option of web alone", token, nil, []string{image, "--web-listen-addr=:1"}, "flag provided but not defined: -web-listen-addr"},
-		{"a word", token, nil, []string{image, "now"}, `unexpected argument "now"; see kuberollouttrigger explain -h`},
+		{"a word", token, nil, []string{image, "now"}, "an argument that is no flag; write --name=value, and see kuberollouttrigger explain -h"},
 		{"a claim without value", token, nil, []string{image, "--claim=ref"}, "expected name=value"},
 		{"verify without a token", "{}", nil, []string{image, "--verify"}, "--verify needs a token"},
 		{"verify with claims as flags", token, nil, []string{image, "--verify", "--claim=ref=x"}, "--verify needs a token"},

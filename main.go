@@ -6,7 +6,7 @@
 //	kuberollouttrigger explain  says which rule lets a job restart an image, or
 //	                            why none does
 //	kuberollouttrigger version  prints the version
-//	kuberollouttrigger help     prints this; <subcommand> -h prints the options
+//	kuberollouttrigger help     lists these; <subcommand> -h prints the options
 //
 // web listens on WEB_LISTEN_ADDR (:8080):
 //
@@ -108,12 +108,12 @@ func printHelp(w io.Writer) {
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)
 	}
-	fmt.Fprintf(w, "  %-8s %s\n", "help", "print this; <subcommand> -h prints its options")
+	fmt.Fprintf(w, "  %-8s %s\n", "help", "print this; <subcommand> -h prints the options")
 }
 
 func runVersion(_ context.Context, args []string, _ func(string) string, stdout, _ io.Writer) error {
-	if len(args) > 0 {
-		return usageError{fmt.Errorf("unexpected argument %q", args[0])}
+	if len(args) > 0 && args[0] != "-h" && args[0] != "--help" {
+		return usageError{fmt.Errorf("unexpected argument %q; version takes none", args[0])}
 	}
 	fmt.Fprintln(stdout, "kuberollouttrigger", versionString())
 	return nil
@@ -164,10 +164,7 @@ func runWeb(ctx context.Context, args []string, getenv func(string) string, stdo
 // serveWeb is web with its one dependency on the outside besides Valkey: the
 // client that fetches the issuer's keys.
 func serveWeb(ctx context.Context, cfg *config, issuer *http.Client, log *slog.Logger) error {
-	policy, err := newPolicy(cfg.Web.Orgs, cfg.Web.OrgIDs, cfg.Web.TrustPolicy)
-	if err != nil {
-		return usageError{err}
-	}
+	policy := newPolicy(cfg.Web.Orgs, cfg.Web.OrgIDs, cfg.Web.TrustPolicy)
 	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes)
 	verifier := newVerifier(cfg.Web.Issuer, cfg.Web.Audience, issuer, log, time.Now)
 	publisher, err := newPublisher(cfg.Valkey, log)
@@ -177,7 +174,7 @@ func serveWeb(ctx context.Context, cfg *config, issuer *http.Client, log *slog.L
 	defer publisher.close()
 
 	var stopping atomic.Bool
-	ops, err := listen(ctx, "ops", cfg.OpsListenAddr, opsHandler(&stopping, func(ctx context.Context) error {
+	ops, err := listen("ops", cfg.OpsListenAddr, opsHandler(&stopping, func(ctx context.Context) error {
 		if err := verifier.ready(); err != nil {
 			return err
 		}
@@ -186,7 +183,7 @@ func serveWeb(ctx context.Context, cfg *config, issuer *http.Client, log *slog.L
 	if err != nil {
 		return err
 	}
-	front, err := listen(ctx, "web", cfg.Web.ListenAddr,
+	front, err := listen("web", cfg.Web.ListenAddr,
 		&web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish}, log)
 	if err != nil {
 		return err
@@ -219,7 +216,7 @@ func serveWorker(ctx context.Context, cfg *config, client dynamic.Interface, log
 	worker := newWorker(cfg.Worker, cfg.ImagePrefixes, client, source, log, time.Now)
 
 	var stopping atomic.Bool
-	ops, err := listen(ctx, "ops", cfg.OpsListenAddr, opsHandler(&stopping, func(context.Context) error {
+	ops, err := listen("ops", cfg.OpsListenAddr, opsHandler(&stopping, func(context.Context) error {
 		return worker.ready()
 	}), log)
 	if err != nil {
@@ -242,12 +239,17 @@ func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
 		if errors.Is(err, rest.ErrNotInCluster) {
 			return nil, usageError{errors.New("KUBECONFIG (--kubeconfig) is not set, and this is not a pod in a cluster")}
 		}
+		if err != nil {
+			err = fmt.Errorf("reading the pod's Kubernetes configuration: %w", err)
+		}
 	} else {
-		rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(cfg.Kubeconfig)}
-		rc, err = clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig()
+		rc, err = readKubeconfig(cfg.Kubeconfig)
+		if err != nil {
+			err = usageError{fmt.Errorf("KUBECONFIG (--kubeconfig): %q: %w", cfg.Kubeconfig, err)}
+		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading the Kubernetes configuration: %w", err)
+		return nil, err
 	}
 	// client-go would send 5 requests a second. WORKER_CONCURRENCY bounds what
 	// is in flight, and the server's own flow control does the rest.
@@ -266,4 +268,19 @@ func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
 		return nil, fmt.Errorf("making the Kubernetes client: %w", err)
 	}
 	return client, nil
+}
+
+// readKubeconfig reads one file, or a list of them. clientcmd's usual loader
+// would fall back to the cluster that the pod is in if it found none of them,
+// and restart what runs there.
+func readKubeconfig(list string) (*rest.Config, error) {
+	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(list)}
+	merged, err := rules.Load()
+	if err != nil {
+		return nil, err
+	}
+	if len(merged.Clusters) == 0 {
+		return nil, errors.New("expected a kubeconfig with a cluster")
+	}
+	return clientcmd.NewNonInteractiveClientConfig(*merged, "", nil, rules).ClientConfig()
 }

@@ -58,10 +58,16 @@ func TestCommandLine(t *testing.T) {
 		{args: "web", vars: secret, code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), GITHUB_OIDC_AUDIENCE (--github-oidc-audience), GITHUB_ALLOWED_ORG (--github-allowed-org)"},
 		{args: "worker", code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix)"},
 		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme", code: 2, stderr: "KUBECONFIG (--kubeconfig) is not set, and this is not a pod"},
-		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=/none", code: 1, stderr: "reading the Kubernetes configuration"},
+		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=/none", code: 2, stderr: `KUBECONFIG (--kubeconfig): "/none": expected a kubeconfig with a cluster`},
+		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=go.mod", code: 2, stderr: `KUBECONFIG (--kubeconfig): "go.mod": `},
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", vars: secret, code: 1, stderr: "listening for web"},
-		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy)"},
-		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=testdata/kubeconfig --valkey-tls-enabled --valkey-tls-ca-file=go.mod", code: 2, stderr: "go.mod\" has no PEM certificate"},
+		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): no rules"},
+		// All at once, a policy included.
+		{args: "web --valkey-addr=x --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): no rules"},
+		{args: "web --valkey-addr=x --trust-policy=x", code: 2, stderr: "missing required configuration: ALLOWED_IMAGE_PREFIX"},
+		{args: "web --valkey-password= " + password, code: 2, stderr: "an argument that is no flag"},
+		{args: "version -h", stdout: "kuberollouttrigger "},
+		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=testdata/kubeconfig --valkey-tls-enabled --valkey-tls-ca-file=go.mod", code: 2, stderr: `VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): "go.mod": expected a file with a PEM certificate`},
 		{args: "dev", code: 2, stderr: `unknown subcommand "dev"`},
 	} {
 		if tt.args == "dev" && devBuild() {

@@ -16,9 +16,14 @@ import (
 )
 
 const (
-	// drainTimeout is how long requests in flight are waited for at SIGTERM;
-	// less than Kubernetes' terminationGracePeriodSeconds of 30.
+	// drainTimeout is how long requests in flight are waited for at SIGTERM,
+	// after lameDuck; k8s/ grants both, and the preStop before them.
 	drainTimeout = 25 * time.Second
+
+	// lameDuck is how long web goes on at SIGTERM, closing each connection with
+	// its next answer, before it closes those that are idle. A proxy that keeps
+	// connections may just be sending a request on one of them.
+	lameDuck = time.Second
 
 	// probeTimeout bounds what a readiness check may take, below the second
 	// that a kubelet waits by default.
@@ -67,6 +72,8 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // clients' mistakes
+		// Else OPTIONS * would be answered without asking the handler.
+		DisableGeneralOptionsHandler: true,
 	}
 }
 
@@ -78,8 +85,8 @@ type listener struct {
 }
 
 // listen takes the port at once, so that a port in use is an error at start.
-func listen(ctx context.Context, name, addr string, h http.Handler, log *slog.Logger) (*listener, error) {
-	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", addr)
+func listen(name, addr string, h http.Handler, log *slog.Logger) (*listener, error) {
+	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("listening for %s: %w", name, err)
 	}
@@ -109,6 +116,16 @@ func (l *listener) drain() error {
 // task is a part of the process that runs until its context is done.
 type task func(ctx context.Context) error
 
+// closeWhen has a connection closed with its next answer once stopping is set.
+func closeWhen(stopping *atomic.Bool, h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if stopping.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
 // serveAll runs the tasks and the servers until ctx is done or one of them
 // fails. It then says that it is stopping, drains what the world sends to
 // (front, which may be nil), stops the tasks, and the probes last.
@@ -130,6 +147,7 @@ func serveAll(ctx context.Context, ops, front *listener, stopping *atomic.Bool, 
 	}
 	start(&serving, ops.serve)
 	if front != nil {
+		front.server.Handler = closeWhen(stopping, front.server.Handler)
 		start(&serving, front.serve)
 	}
 	<-ctx.Done()
@@ -139,6 +157,7 @@ func serveAll(ctx context.Context, ops, front *listener, stopping *atomic.Bool, 
 		err = nil
 	}
 	if front != nil {
+		time.Sleep(lameDuck)
 		err = errors.Join(err, front.drain())
 	}
 	stopTasks()

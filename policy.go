@@ -42,26 +42,18 @@ type condition struct {
 	values []pattern
 }
 
-// newPolicy reads GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and TRUST_POLICY.
-// Without a trust policy, every job of those organisations that runs for one of
+// newPolicy takes GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and the rules of
+// TRUST_POLICY. Without a trust policy, every job of those organisations that runs for one of
 // the default events may ask for any image.
-func newPolicy(orgs, ownerIDs []string, trust string) (*policy, error) {
-	p := &policy{ownerIDs: ownerIDs}
+func newPolicy(orgs, ownerIDs []string, trust []rule) *policy {
+	p := &policy{ownerIDs: ownerIDs, rules: trust}
 	for _, org := range orgs {
 		p.orgs = append(p.orgs, lowerASCII(org))
 	}
-	if len(orgs) == 0 || slices.Contains(orgs, "") || slices.Contains(ownerIDs, "") {
-		return nil, errors.New("GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID: missing or empty; expected at least one owner, and ids that are numbers")
-	}
-	if trust == "" {
+	if len(trust) == 0 {
 		p.rules = []rule{{"default rule", []condition{defaultCondition}, []pattern{newPattern("*")}}}
-		return p, nil
 	}
-	var err error
-	if p.rules, err = parseRules(trust); err != nil {
-		return nil, fmt.Errorf("TRUST_POLICY (--trust-policy): %w", err)
-	}
-	return p, nil
+	return p
 }
 
 // admit decides on the claims alone: nil means that the job may ask. The error

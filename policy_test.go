@@ -26,11 +26,24 @@ func jobClaims(changes claims) claims {
 
 func mustPolicy(t testing.TB, orgs, ownerIDs []string, trust string) *policy {
 	t.Helper()
-	p, err := newPolicy(orgs, ownerIDs, trust)
+	p, err := readPolicy(orgs, ownerIDs, trust)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return p
+}
+
+// readPolicy reads a policy as web does, out of the environment.
+func readPolicy(orgs, ownerIDs []string, trust string) (*policy, error) {
+	vars := maps.Clone(webEnv)
+	vars["GITHUB_ALLOWED_ORG"] = strings.Join(orgs, ",")
+	vars["GITHUB_ALLOWED_ORG_ID"] = strings.Join(ownerIDs, ",")
+	vars["TRUST_POLICY"] = trust
+	cfg, err := parseConfig(webMode, nil, env(vars))
+	if err != nil {
+		return nil, err
+	}
+	return newPolicy(cfg.Web.Orgs, cfg.Web.OrgIDs, cfg.Web.TrustPolicy), nil
 }
 
 func TestPolicyOwners(t *testing.T) {
@@ -212,7 +225,7 @@ func TestNewPolicyRefuses(t *testing.T) {
 	}{
 		{"no org", nil, nil, "", "GITHUB_ALLOWED_ORG"},
 		{"empty org", []string{"acme", ""}, nil, "", "GITHUB_ALLOWED_ORG"},
-		{"empty id", acme, []string{""}, "", "GITHUB_ALLOWED_ORG_ID"},
+		{"empty id", acme, []string{"1", ""}, "", "GITHUB_ALLOWED_ORG_ID"},
 
 		{"blank", acme, nil, " \n", "TRUST_POLICY (--trust-policy): no rules"},
 		{"only a comment", acme, nil, "# none yet", "TRUST_POLICY (--trust-policy): no rules"},
@@ -296,7 +309,7 @@ func TestNewPolicyRefuses(t *testing.T) {
 		{"an alias", acme, nil, "- claims: {environment: &e [dev, 1]}\n  images: ['*']\n- claims: {environment: *e}\n  images: ['*']", `rule 1, line 1: claim environment: "1" is not`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p, err := newPolicy(test.orgs, test.ids, test.trust)
+			p, err := readPolicy(test.orgs, test.ids, test.trust)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%v, %v; expected %q", p, err, test.want)
 			} else if strings.ContainsAny(err.Error(), "\n") {
@@ -421,7 +434,7 @@ func FuzzPolicy(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		p, err := newPolicy([]string{"acme"}, nil, text)
+		p, err := readPolicy([]string{"acme"}, nil, text)
 		if err != nil {
 			if strings.Contains(err.Error(), "\n") {
 				t.Errorf("more than a line: %q", err)
@@ -466,7 +479,7 @@ func FuzzPolicy(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		q, err := newPolicy([]string{"acme"}, nil, string(again))
+		q, err := readPolicy([]string{"acme"}, nil, string(again))
 		if err != nil {
 			t.Fatalf("%s: %v", again, err)
 		}

@@ -67,12 +67,12 @@ func decide(d *deployment, r request, clock time.Time, window time.Duration) ver
 }
 
 // restartedSince says whether a restartedAt annotation proves a restart at or
-// after at. In exactly our form it was written by a worker, on Valkey's clock.
-// Anything else came from somebody's own clock; one that is ahead proves
-// nothing.
+// after at. In exactly our form it was written by a worker, on Valkey's clock,
+// unless it is so far ahead that no worker writes it (tooFarAhead). Anything
+// else came from somebody's own clock; one that is ahead proves nothing.
 func restartedSince(restartedAt string, at, clock time.Time) bool {
 	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
-		return !own.Before(at)
+		return !own.Before(at) && !own.After(clock.Add(keepRecorded))
 	}
 	foreign, err := time.Parse(time.RFC3339, restartedAt)
 	return err == nil && !foreign.Before(at) && !foreign.After(clock)

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"mime"
 	"net/http"
+	"runtime/debug"
 	"strings"
 	"time"
 )
@@ -95,7 +96,11 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 	if d.status >= http.StatusInternalServerError {
 		level = slog.LevelError
 	}
-	log.Log(r.Context(), level, "denied", "status", d.status, "reason", cut(d.reason.Error()))
+	reason := d.reason.Error()
+	if d.status != http.StatusInternalServerError { // a bug is told in full
+		reason = cut(reason)
+	}
+	log.Log(r.Context(), level, "denied", "status", d.status, "reason", reason)
 	d.write(w)
 }
 
@@ -120,13 +125,19 @@ func (d *denial) write(w http.ResponseWriter) {
 
 // event does what POST /event asks for: the token before the claims, the claims
 // before the body, so that nobody without a right to ask gets a word about the
-// body. The claims are returned as soon as they are verified.
-func (s *web) event(w http.ResponseWriter, r *http.Request) (claims, *accepted, error) {
+// body. The claims are returned as soon as they are verified. A panic is an
+// error as any other: net/http would close the connection without an answer.
+func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accepted, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
 	token, err := bearerToken(r)
 	if err != nil {
 		return nil, nil, &denial{http.StatusUnauthorized, "", err}
 	}
-	c, err := s.verifier.verify(token)
+	c, err = s.verifier.verify(token)
 	if errors.Is(err, errNoKeys) {
 		return nil, nil, &denial{http.StatusServiceUnavailable, "", err}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/base64"
@@ -9,11 +10,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -56,10 +59,7 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 		t.Fatal(err)
 	}
 	t.Cleanup(pub.close)
-	p, err := newPolicy([]string{"acme"}, nil, trust)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := mustPolicy(t, []string{"acme"}, nil, trust)
 	h := &web{log: log, verifier: v, policy: p, prefixes: imagePrefixes{"ghcr.io/acme"}, publish: pub.publish}
 	s := httptest.NewUnstartedServer(nil)
 	s.Config = newServer(h, log)
@@ -280,6 +280,83 @@ func TestValkeyAway(t *testing.T) {
 	})
 }
 
+// The record is bounded: what does not fit is refused, and what was accepted
+// stays.
+func TestRecordIsFull(t *testing.T) {
+	w := newTestWeb(t, "")
+	now := time.Now()
+	record := func(i int, at time.Time) {
+		if _, err := w.valkey.ZAdd("krt:requested", float64(at.UnixMicro()), fmt.Sprintf("ghcr.io/acme/app-%d:dev", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range maxRecorded - 1 {
+		record(i, now)
+	}
+	body := func(tags string) string { return `{"image":"ghcr.io/acme/api","tags":[` + tags + `]}` }
+	if resp := w.post(nil, body(`"a","b"`)); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("one image more than fits: %d", resp.StatusCode)
+	}
+	if !w.logs.has(`"level":"ERROR"`, "FULL too many images were asked for within a day") {
+		t.Error("the reason is not logged")
+	}
+	if at, _ := w.valkey.ZScore("krt:requested", "ghcr.io/acme/api:a"); at != 0 {
+		t.Error("one of two images is on record")
+	}
+	for what, tags := range map[string]string{"the last place": `"a"`, "an image that is on record": `"a","a"`} {
+		if resp := w.post(nil, body(tags)); resp.StatusCode != 202 {
+			t.Errorf("%s: %d", what, resp.StatusCode)
+		}
+	}
+	// What is a day old makes place.
+	record(7, now.Add(-keepRecorded-time.Second))
+	if resp := w.post(nil, body(`"b"`)); resp.StatusCode != 202 {
+		t.Errorf("a place became free: %d", resp.StatusCode)
+	}
+	if members, err := w.valkey.ZMembers("krt:requested"); err != nil || len(members) != maxRecorded {
+		t.Errorf("%d images are on record, %v", len(members), err)
+	}
+}
+
+// A bug is answered, and logged with where it is.
+func TestPanic(t *testing.T) {
+	w := newTestWeb(t, "")
+	w.handler.(*web).publish = func(context.Context, []string) (int64, int64, error) { panic("at the disco") }
+	w.expect("panic", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 500, "Internal Server Error\n")
+	if !w.logs.has(`"level":"ERROR"`, `"status":500`, "panic: at the disco", "web_test.go", `"repository":"acme/api"`) {
+		t.Error("the bug is not logged")
+	}
+}
+
+// Requests that http.Client does not send.
+func TestOddRequests(t *testing.T) {
+	w := newTestWeb(t, "")
+	for request, want := range map[string]string{
+		"OPTIONS * HTTP/1.1\r\nHost: web\r\n\r\n":                                             "404",
+		"CONNECT web:443 HTTP/1.1\r\nHost: web\r\n\r\n":                                       "404",
+		"GET http://elsewhere/healthz HTTP/1.1\r\nHost: web\r\n\r\n":                          "200",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n":                                                    "404",
+		"POST /event HTTP/1.1\r\nHost: web\r\nExpect: a miracle\r\n\r\n":                      "417",
+		"POST /event HTTP/1.1\r\nHost: web\r\nTransfer-Encoding: gzip\r\n\r\n":                "501",
+		"POST /event HTTP/1.1\r\nHost: web\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n": "400",
+		"POST /event HTTP/1.1\r\n\r\n":                                                        "400",
+		"nonsense\r\n\r\n":                                                                    "400",
+	} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(w.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, request)
+		conn.SetReadDeadline(time.Now().Add(10 * time.Second))
+		line, err := bufio.NewReader(conn).ReadString('\n')
+		if fields := strings.Fields(line); err != nil || len(fields) < 2 || fields[1] != want {
+			t.Errorf("%q: %q, %v, want %s", request, line, err, want)
+		}
+		conn.Close()
+		w.expectNothing(request)
+	}
+}
+
 // What only an operator can mend says what to mend, and is not tried four times
 // a second.
 func TestValkeyRefuses(t *testing.T) {
@@ -341,10 +418,7 @@ func TestIssuerNeverReached(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	issuer := newTestIssuer(t)
 	h := &web{log: log, verifier: newVerifier(issuer.URL, testAudience, issuer.client(), log, time.Now)}
-	var err error
-	if h.policy, err = newPolicy([]string{"acme"}, nil, ""); err != nil {
-		t.Fatal(err)
-	}
+	h.policy = mustPolicy(t, []string{"acme"}, nil, "")
 	r := httptest.NewRequest(http.MethodPost, "/event", strings.NewReader(`{"image":"ghcr.io/acme/api:dev"}`))
 	r.Header.Set("Authorization", "Bearer "+issuer.token(t, issuer.claims()))
 	w := httptest.NewRecorder()
@@ -436,7 +510,7 @@ func TestRequestedAtGrows(t *testing.T) {
 func TestDrain(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	arrived, release := make(chan struct{}), make(chan struct{})
-	front, err := listen(t.Context(), "web", "127.0.0.1:0", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	front, err := listen("web", "127.0.0.1:0", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		close(arrived)
 		<-release
 		io.WriteString(w, "done")
@@ -445,7 +519,7 @@ func TestDrain(t *testing.T) {
 		t.Fatal(err)
 	}
 	var stopping atomic.Bool
-	ops, err := listen(t.Context(), "ops", "127.0.0.1:0", opsHandler(&stopping, func(context.Context) error { return nil }), log)
+	ops, err := listen("ops", "127.0.0.1:0", opsHandler(&stopping, func(context.Context) error { return nil }), log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -497,11 +571,75 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// A proxy that keeps its connections gets an answer to each request that it has
+// sent on one: they are closed with an answer, not under a request.
+func TestDrainOfKeptConnections(t *testing.T) {
+	const rounds, connections = 5, 20
+	log := slog.New(slog.DiscardHandler)
+	var dropped, answered atomic.Int64
+	var all sync.WaitGroup
+	for range rounds {
+		front, err := listen("web", "127.0.0.1:0", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			time.Sleep(2 * time.Millisecond)
+			io.WriteString(w, "done")
+		}), log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var stopping atomic.Bool
+		ops, err := listen("ops", "127.0.0.1:0", opsHandler(&stopping, nil), log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		all.Go(func() {
+			if err := serveAll(ctx, ops, front, &stopping); err != nil {
+				t.Error(err)
+			}
+		})
+		for range connections {
+			conn, err := net.Dial("tcp", front.ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			all.Go(func() {
+				defer conn.Close()
+				answers := bufio.NewReader(conn)
+				for {
+					if _, err := io.WriteString(conn, "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 2\r\n\r\n{}"); err != nil {
+						dropped.Add(1)
+						return
+					}
+					resp, err := http.ReadResponse(answers, nil)
+					if err != nil {
+						dropped.Add(1)
+						return
+					}
+					io.Copy(io.Discard, resp.Body)
+					answered.Add(1)
+					if resp.Close {
+						return
+					}
+					time.Sleep(rand.N(4 * time.Millisecond))
+				}
+			})
+		}
+		all.Go(func() {
+			time.Sleep(100 * time.Millisecond)
+			cancel()
+		})
+	}
+	all.Wait()
+	if dropped.Load() > 0 || answered.Load() < rounds*connections {
+		t.Errorf("%d requests were dropped, %d answered", dropped.Load(), answered.Load())
+	}
+}
+
 // A task or a server that breaks ends the process with its error.
 func TestServeAllFails(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	var stopping atomic.Bool
-	ops, err := listen(t.Context(), "ops", "127.0.0.1:0", opsHandler(&stopping, nil), log)
+	ops, err := listen("ops", "127.0.0.1:0", opsHandler(&stopping, nil), log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -514,7 +652,7 @@ func TestServeAllFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	if _, err := listen(t.Context(), "ops", taken.Addr().String(), nil, log); err == nil || !strings.Contains(err.Error(), "listening for ops") {
+	if _, err := listen("ops", taken.Addr().String(), nil, log); err == nil || !strings.Contains(err.Error(), "listening for ops") {
 		t.Errorf("a port in use: %v", err)
 	}
 }
@@ -522,7 +660,7 @@ func TestServeAllFails(t *testing.T) {
 // Connections beyond the bound wait; they are served when others are gone.
 func TestConnectionsAreBounded(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
-	l, err := listen(t.Context(), "web", "127.0.0.1:0", http.NotFoundHandler(), log)
+	l, err := listen("web", "127.0.0.1:0", http.NotFoundHandler(), log)
 	if err != nil {
 		t.Fatal(err)
 	}

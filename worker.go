@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/valkey-io/valkey-go"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
@@ -169,7 +168,12 @@ func (w *worker) tooFarAhead(at int64) bool {
 // more than a record.
 func (w *worker) note(e event, heard time.Time) {
 	w.mu.Lock()
-	before := w.requests[e.Image]
+	before, known := w.requests[e.Image]
+	if !known && len(w.requests) >= 2*maxRecorded { // not web's doing: it keeps to maxRecorded a day
+		w.mu.Unlock()
+		w.log.Warn("request ignored: too many images to remember", "image", e.Image, "requested_at", formatTime(e.RequestedAt))
+		return
+	}
 	if e.RequestedAt < before.at || e.RequestedAt == before.at && (heard.IsZero() || !before.heard.IsZero()) {
 		w.mu.Unlock()
 		return
@@ -262,28 +266,27 @@ func (w *worker) catchUp(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, catchUpLimit)
 	defer cancel()
-	entries, clock, err := w.source.recorded(ctx, w.window)
+	events, clock, err := w.source.recorded(ctx, w.window)
 	if err != nil {
 		return err
 	}
 	w.ahead.Store(int64(clock.Sub(w.now())))
 	w.forget(clock)
-	for _, entry := range entries {
-		w.found(entry)
+	for _, e := range events {
+		w.found(e)
 	}
-	w.log.Debug("caught up", "recorded", len(entries))
+	w.log.Debug("caught up", "recorded", len(events))
 	return nil
 }
 
 // found notes one recorded request, trusted no more than a message.
-func (w *worker) found(entry valkey.ZScore) {
-	image, err := parseImage(entry.Member)
-	at := int64(entry.Score)
-	if err != nil || !w.prefixes.allows(image) || w.tooFarAhead(at) {
-		w.log.Debug("recorded request ignored", "image", cut(entry.Member), "score", entry.Score)
+func (w *worker) found(e event) {
+	image, err := parseImage(e.Image)
+	if err != nil || !w.prefixes.allows(image) || w.tooFarAhead(e.RequestedAt) {
+		w.log.Debug("recorded request ignored", "image", cut(e.Image), "requested_at", e.RequestedAt)
 		return
 	}
-	w.note(event{image, at}, time.Time{})
+	w.note(event{image, e.RequestedAt}, time.Time{})
 }
 
 // forget drops requests that no longer count, so that memory is bounded by what

@@ -818,6 +818,26 @@ func TestForgetBoundsMemory(t *testing.T) {
 	}
 }
 
+// Messages that web did not send cannot make worker remember without end.
+func TestMemoryIsBounded(t *testing.T) {
+	w := startTestWorker(t, newKubeAPI(t))
+	at := time.Now().UnixMicro()
+	for i := range 2*maxRecorded + 10 {
+		w.note(event{fmt.Sprintf("ghcr.io/acme/app-%d:dev", i), at}, time.Now())
+	}
+	w.mu.Lock()
+	if len(w.requests) != 2*maxRecorded {
+		t.Errorf("%d images are remembered", len(w.requests))
+	}
+	w.mu.Unlock()
+	w.note(event{"ghcr.io/acme/app-7:dev", at + 1}, time.Now())
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.requests["ghcr.io/acme/app-7:dev"].at != at+1 {
+		t.Error("what is remembered already is no longer updated")
+	}
+}
+
 func TestDecide(t *testing.T) {
 	clock := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
 	at := clock.Add(-10 * time.Minute)
@@ -842,6 +862,8 @@ func TestDecide(t *testing.T) {
 		{name: "ours equal to T: a retry", announced: message, restartedAt: ours(0), created: -time.Hour, known: -1, want: verdictSatisfied},
 		{name: "ours after T: an older T never undoes a newer one", announced: message, restartedAt: ours(time.Microsecond), created: -time.Hour, known: -1, want: verdictSatisfied},
 		{name: "ours in the future is on Valkey's clock", announced: catchUp, restartedAt: ours(time.Hour), created: -time.Hour, want: verdictSatisfied},
+		{name: "ours a day ahead", announced: catchUp, restartedAt: ours(10*time.Minute + 24*time.Hour), created: -time.Hour, want: verdictSatisfied},
+		{name: "ours more than a day ahead is nobody's", announced: catchUp, restartedAt: ours(10*time.Minute + 24*time.Hour + time.Microsecond), created: -time.Hour, want: verdictRestart},
 		{name: "foreign before T", announced: message, restartedAt: foreign(-time.Second), created: -time.Hour, known: -1, want: verdictRestart},
 		{name: "foreign equal to T", announced: catchUp, restartedAt: foreign(0), created: -time.Hour, want: verdictSatisfied},
 		{name: "foreign between T and now", announced: message, restartedAt: foreign(time.Minute), created: -time.Hour, known: -1, want: verdictSatisfied},

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -209,15 +210,59 @@ func TestManifestValkey(t *testing.T) {
 	// The connections are idle for long enough to be tested with PING, and the
 	// readiness probe of the StatefulSet is answered.
 	time.Sleep(2500 * time.Millisecond)
-	host, port, _ := net.SplitHostPort(v.addr)
-	out, err := exec.Command("valkey-cli", "-h", host, "-p", port, "ping").CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "NOAUTH") {
-		t.Errorf("the probe says %q, %v", out, err)
+	for _, probe := range []string{"livenessProbe", "readinessProbe"} {
+		if err := v.runProbe(t, probe); err != nil {
+			t.Errorf("the %s: %v", probe, err)
+		}
 	}
 	r.waitRestartedAt(t, 10*time.Second, d, stamp(job.mustPush(t, d.images[0])))
 	if n := v.refusals(t); n != 0 {
 		t.Errorf("ACL LOG has %d entries", n)
 	}
+
+	// A web in wrong hands can keep Valkey busy. Nobody may stop its script, so
+	// that the kubelet has to.
+	evil, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{v.addr}, Username: "web", Password: v.secret["web"],
+		ForceSingleClient: true, DisableCache: true, ClientSetInfo: valkey.DisableClientSetInfo, DisableRetry: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer evil.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	evil.Do(ctx, evil.B().Eval().Script("while true do end").Numkeys(0).Build())
+	for _, probe := range []string{"livenessProbe", "readinessProbe"} {
+		eventually(t, 20*time.Second, "the "+probe+" sees a busy Valkey", func() error {
+			if v.runProbe(t, probe) == nil {
+				return errors.New("it passes")
+			}
+			return nil
+		})
+	}
+	v.kill()
+	if err := v.runProbe(t, "livenessProbe"); err == nil {
+		t.Error("the livenessProbe passes without a Valkey")
+	}
+}
+
+// runProbe runs the command of a probe of the StatefulSet, as a kubelet does.
+func (m *manifestValkey) runProbe(t testing.TB, name string) error {
+	t.Helper()
+	set := manifestNamed(t, readManifests(t, "../k8s/20-valkey.yaml"), "StatefulSet", "valkey")
+	containers, _, _ := unstructured.NestedSlice(set.Object, "spec", "template", "spec", "containers")
+	command, _, _ := unstructured.NestedStringSlice(containers[0].(map[string]any), name, "exec", "command")
+	if len(command) != 3 {
+		t.Fatalf("the %s is %q", name, command)
+	}
+	host, port, _ := net.SplitHostPort(m.addr)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // the manifest's timeoutSeconds
+	defer cancel()
+	here := strings.Replace(command[2], "valkey-cli ", "valkey-cli -h "+host+" -p "+port+" ", 1)
+	out, err := exec.CommandContext(ctx, command[0], command[1], here).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
 }
 
 // TestManifestValkeyLeastPrivilege: every command that Valkey has, but for those that
@@ -226,8 +271,9 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	v := startManifestValkey(t, valkey.ClientOption{})
 	may := map[string][]string{
-		"web":    {"ping", "eval", "evalsha", "zadd", "zscore", "zremrangebyscore", "time", "publish"},
+		"web":    {"ping", "eval", "evalsha", "zadd", "zcard", "zscore", "zremrangebyscore", "time", "publish"},
 		"worker": {"ping", "subscribe", "zrangebyscore", "time"},
+		"probe":  {"ping"},
 	}
 	// Valkey lets nobody off these: a client can always say who it is and leave.
 	everybody := []string{"auth", "hello", "quit", "reset"}

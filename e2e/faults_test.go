@@ -419,7 +419,7 @@ func TestValkeyDownAtStart(t *testing.T) {
 
 // Least privilege in Valkey, as k8s/ and the docs give it.
 var (
-	webRights    = []string{"+ping", "+eval", "+evalsha", "+zadd", "+zscore", "+zremrangebyscore", "+time", "+publish"}
+	webRights    = []string{"+ping", "+eval", "+evalsha", "+zadd", "+zcard", "+zscore", "+zremrangebyscore", "+time", "+publish"}
 	workerRights = []string{"+ping", "+subscribe", "+zrangebyscore", "+time"}
 )
 
