@@ -132,9 +132,10 @@ func (p *publisher) publish(ctx context.Context, images []string) (requestedAt, 
 	return requestedAt, subscribers, nil
 }
 
-// rightsScript fails unless the user that web connects as may do all that
-// publishScript does.
-var rightsScript = valkey.NewLuaScript(`
+// readyScript fails unless publishScript would work: the user may do all that it
+// does, and Valkey takes a write. XX changes nothing, as no image is empty, but
+// is refused as a change would be (READONLY, OOM, MISCONF, NOREPLICAS, WRONGTYPE).
+var readyScript = valkey.NewLuaScript(`
 local needed = {
   {'TIME'}, {'ZSCORE', KEYS[1], ''}, {'ZCARD', KEYS[1]}, {'ZADD', KEYS[1], '0', ''},
   {'ZREMRANGEBYSCORE', KEYS[1], '0', '0'}, {'PUBLISH', ARGV[1], ''},
@@ -144,12 +145,12 @@ for _, command in ipairs(needed) do
     return redis.error_reply('NOPERM this user may not ' .. command[1])
   end
 end
-return 'OK'
+return redis.call('ZADD', KEYS[1], 'XX', '0', '')
 `)
 
 // ready says whether Valkey answers and would let this user publish.
 func (p *publisher) ready(ctx context.Context) error {
-	return valkeyError("checking", rightsScript.Exec(ctx, p.client, []string{requestedKey(p.channel)}, []string{p.channel}).Error())
+	return valkeyError("checking", readyScript.Exec(ctx, p.client, []string{requestedKey(p.channel)}, []string{p.channel}).Error())
 }
 
 func (p *publisher) close() { p.client.Close() }
@@ -229,9 +230,9 @@ func (s *subscriber) ready() error {
 	return nil
 }
 
-// recorded returns what was asked for within the last window, in no useful
-// order, and Valkey's clock. Events are returned as they stand: the caller
-// validates them.
+// recorded returns what was asked for within the last window, the newest first,
+// and Valkey's clock. Events are returned as they stand: the caller validates
+// them.
 func (s *subscriber) recorded(ctx context.Context, window time.Duration) (events []event, now time.Time, err error) {
 	const doing = "reading recorded requests"
 	clock, err := s.reader.Do(ctx, s.reader.B().Time().Build()).AsIntSlice()
@@ -244,8 +245,8 @@ func (s *subscriber) recorded(ctx context.Context, window time.Duration) (events
 	now = time.Unix(clock[0], clock[1]*int64(time.Microsecond))
 	since := strconv.FormatInt(now.Add(-window).UnixMicro(), 10)
 	// web keeps to maxRecorded. The limit is for a set that web did not write.
-	entries, err := s.reader.Do(ctx, s.reader.B().Zrangebyscore().Key(requestedKey(s.channel)).
-		Min(since).Max("+inf").Withscores().Limit(0, maxRecorded).Build()).AsZScores()
+	entries, err := s.reader.Do(ctx, s.reader.B().Zrevrangebyscore().Key(requestedKey(s.channel)).
+		Max("+inf").Min(since).Withscores().Limit(0, maxRecorded).Build()).AsZScores()
 	for _, entry := range entries {
 		events = append(events, event{entry.Member, int64(entry.Score)})
 	}

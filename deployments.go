@@ -30,6 +30,10 @@ const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
 // minute; a proxy that has lost the stream behind an open connection does not.
 const watchSilence = 90 * time.Second
 
+// requestLimit is how long the API server may take to begin a watch or to answer
+// one page of a list. A proxy may hold either for ever.
+const requestLimit = 30 * time.Second
+
 // watchDelay is how long a watch may take to bring a change that is known to
 // have been made.
 const watchDelay = 5 * time.Second
@@ -43,6 +47,9 @@ type deployment struct {
 	images      []containerImage
 	paused      bool
 	restartedAt string // the pod template's annotation as it stands
+	// restarted is the newest restartedAt of our own form that was seen on this
+	// Deployment. Who takes it away, as a GitOps tool does, is not fought.
+	restarted time.Time
 	// known is since when (worker's clock) the cache has held this Deployment
 	// without a pause. A request heard before that was not offered to it.
 	known time.Time
@@ -198,17 +205,20 @@ func (c *deploymentCache) run(ctx context.Context, client dynamic.Interface, nam
 // expectChange is told that the API server has a newer version of d. If the
 // watch has not brought it after watchDelay, the watch is dead, whatever its
 // connection says, and is begun anew where it ended; it then brings all that was
-// missed. So every restart is a proof that the watch is alive.
+// missed. So every restart is a proof that the watch is alive. A watch that was
+// begun since has brought it, or will.
 func (c *deploymentCache) expectChange(d *deployment) {
+	c.mu.RLock()
+	w := c.watchOf(d.Namespace)
+	c.mu.RUnlock()
+	if w == nil {
+		return
+	}
 	time.AfterFunc(watchDelay, func() {
 		c.mu.RLock()
-		now := c.byKey[d.key()]
-		w := c.watches[d.Namespace]
-		if w == nil {
-			w = c.watches[metav1.NamespaceAll]
-		}
+		now, same := c.byKey[d.key()], c.watchOf(d.Namespace) == w
 		c.mu.RUnlock()
-		if now != nil && now.UID == d.UID && now.ResourceVersion == d.ResourceVersion && w != nil {
+		if same && now != nil && now.UID == d.UID && now.ResourceVersion == d.ResourceVersion {
 			c.log.Warn("the watch has missed a change, beginning it anew", "namespace", d.Namespace, "deployment", d.Name)
 			w.Stop()
 		}
@@ -220,6 +230,14 @@ func (c *deploymentCache) synced() bool {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	return c.pending == 0
+}
+
+// watchOf returns the live watch that covers a namespace, or nil. c.mu is held.
+func (c *deploymentCache) watchOf(namespace string) watch.Interface {
+	if w := c.watches[namespace]; w != nil {
+		return w
+	}
+	return c.watches[metav1.NamespaceAll]
 }
 
 // get returns the record of a Deployment, or nil.
@@ -250,6 +268,12 @@ func (c *deploymentCache) put(d *deployment) (appeared bool) {
 		d.known = c.now()
 	} else {
 		d.known = old.known
+	}
+	if old != nil && old.UID == d.UID {
+		d.restarted = old.restarted
+	}
+	if own, ok := ownTime(d.restartedAt); ok && own.After(d.restarted) {
+		d.restarted = own
 	}
 	c.remove(key)
 	c.byKey[key] = d
@@ -300,6 +324,8 @@ func (s *scope) listWatch() cache.ListerWatcher {
 			if o.ResourceVersion == "0" {
 				o.ResourceVersion = "" // API servers ignore the limit for "0"
 			}
+			ctx, cancel := context.WithTimeout(ctx, requestLimit)
+			defer cancel()
 			page, err := s.client.List(ctx, o)
 			if err != nil {
 				return nil, s.refused("list", err)
@@ -316,23 +342,59 @@ func (s *scope) listWatch() cache.ListerWatcher {
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			o.LabelSelector = s.selector
+			s.live(nil)
+			ctx, cancel := context.WithCancelCause(ctx)
+			overdue := time.AfterFunc(requestLimit, func() { cancel(errors.New("the API server does not begin the watch")) })
 			w, err := s.client.Watch(ctx, o)
+			overdue.Stop()
 			if err != nil {
+				if ctx.Err() != nil {
+					err = context.Cause(ctx)
+				}
+				cancel(nil)
 				return nil, s.refused("watch", err)
 			}
-			s.cache.mu.Lock()
-			s.cache.watches[s.namespace] = w
-			s.cache.mu.Unlock()
+			w = &cancelledWatch{w, cancel}
+			// A list that is streamed fills the cache at its end; until then
+			// nobody can expect a change of this watch.
+			listing := o.SendInitialEvents != nil && *o.SendInitialEvents
+			if !listing {
+				s.live(w)
+			}
 			silent := time.AfterFunc(watchSilence, w.Stop)
 			return watch.Filter(w, func(e watch.Event) (watch.Event, bool) {
 				silent.Reset(watchSilence)
-				if u, ok := e.Object.(*unstructured.Unstructured); ok && e.Type != watch.Bookmark && e.Type != watch.Error {
+				u, ok := e.Object.(*unstructured.Unstructured)
+				switch {
+				case !ok || e.Type == watch.Error:
+				case e.Type != watch.Bookmark:
 					e.Object = newDeployment(u)
+				case listing && u.GetAnnotations()[metav1.InitialEventsAnnotationKey] == "true":
+					s.live(w)
 				}
 				return e, true
 			}), nil
 		},
 	}, s.semantics)
+}
+
+// cancelledWatch gives up its context when it is stopped, as the reflector does
+// with every watch.
+type cancelledWatch struct {
+	watch.Interface
+	cancel context.CancelCauseFunc
+}
+
+func (w *cancelledWatch) Stop() {
+	w.Interface.Stop()
+	w.cancel(nil)
+}
+
+// live says which watch brings the changes of the scope, nil while none does.
+func (s *scope) live(w watch.Interface) {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	s.cache.watches[s.namespace] = w
 }
 
 // refused ends run if RBAC forbids a scope that was never listed: nothing but

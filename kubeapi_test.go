@@ -38,6 +38,7 @@ type kubeAPI struct {
 	// onPatch may answer a patch itself; nil, or a status of 0, lets it through.
 	onPatch  func(patchCall) (status int, header http.Header)
 	selector string // that every list and watch must have
+	history  []pastEvent
 	// noStreams is an API server that cannot stream lists, as before 1.32.
 	noStreams bool
 	// forbid may refuse a verb in a namespace.
@@ -48,6 +49,13 @@ type patchCall struct {
 	key   string // namespace/name
 	query string
 	body  string
+}
+
+// pastEvent is an event that a watch from an older version is told.
+type pastEvent struct {
+	rv        int
+	namespace string
+	event     watchEvent
 }
 
 type watchEvent struct {
@@ -116,6 +124,21 @@ func (k *kubeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// front puts a server before the API, as a proxy would be; answer says whether it
+// has dealt with a request itself.
+func (k *kubeAPI) front(t *testing.T, answer func(w http.ResponseWriter, r *http.Request) bool) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !answer(w, r) {
+			k.ServeHTTP(w, r)
+		}
+	}))
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	k.url = server.URL
+}
+
 func status(w http.ResponseWriter, code int, reason string) {
 	writeJSON(w, code, map[string]any{"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code, "message": "test: " + reason})
 }
@@ -159,6 +182,13 @@ func (k *kubeAPI) watch(w http.ResponseWriter, r *http.Request, namespace string
 		}
 		events <- watchEvent{"BOOKMARK", map[string]any{"kind": "Deployment", "apiVersion": "apps/v1", "metadata": map[string]any{
 			"resourceVersion": strconv.Itoa(k.rv), "annotations": map[string]any{"k8s.io/initial-events-end": "true"}}}}
+	}
+	if from, err := strconv.Atoi(r.URL.Query().Get("resourceVersion")); err == nil {
+		for _, c := range k.history { // what has happened since
+			if c.rv > from && (namespace == "" || namespace == c.namespace) {
+				events <- c.event
+			}
+		}
 	}
 	k.watchers[events] = namespace
 	k.mu.Unlock()
@@ -267,6 +297,7 @@ func (k *kubeAPI) store(key string, object map[string]any, kind string) {
 		k.objects[key] = object
 	}
 	namespace, _, _ := strings.Cut(key, "/")
+	k.history = append(k.history, pastEvent{k.rv, namespace, watchEvent{kind, object}})
 	for events, scope := range k.watchers {
 		if scope == "" || scope == namespace {
 			events <- watchEvent{kind, object}

@@ -41,17 +41,19 @@ const (
 )
 
 func (v verdict) String() string {
-	return [...]string{"satisfied", "restart", "paused", "being deleted", "expired"}[v]
+	return [...]string{"satisfied", "restart", "paused", "being deleted", "the request is too old"}[v]
 }
 
-// decide is the one rule for announcements, catch-up and retries alike. clock is
-// Valkey's.
-func decide(d *deployment, r request, clock time.Time, window time.Duration) verdict {
+// decide is the one rule for announcements, catch-up and retries alike. now is
+// worker's clock, clock Valkey's.
+func decide(d *deployment, r request, now, clock time.Time, window time.Duration) verdict {
 	at := time.UnixMicro(r.at)
 	switch {
 	case restartedSince(d.restartedAt, at, clock):
 		return verdictSatisfied
-	case at.Before(clock.Add(-window)):
+	case !d.restarted.Before(at) && !d.restarted.After(clock.Add(clockTolerance)):
+		return verdictSatisfied // and taken away since
+	case r.age(now, clock) > window:
 		return verdictExpired
 	// A Deployment that was there when the request was announced is restarted
 	// whatever the clocks say. One that came later, or a request that was found
@@ -66,16 +68,32 @@ func decide(d *deployment, r request, clock time.Time, window time.Duration) ver
 	return verdictRestart
 }
 
+// age is how long ago the request was made. An announced one is timed from when
+// it was heard: by then it had just been made, and whatever becomes of anybody's
+// clock, it has its window.
+func (r request) age(now, clock time.Time) time.Duration {
+	if r.heard.IsZero() {
+		return clock.Sub(time.UnixMicro(r.at))
+	}
+	return now.Sub(r.heard)
+}
+
 // restartedSince says whether a restartedAt annotation proves a restart at or
 // after at. In exactly our form it was written by a worker, on Valkey's clock,
-// unless it is so far ahead that no worker writes it (tooFarAhead). Anything
-// else came from somebody's own clock; one that is ahead proves nothing.
+// unless it is so far ahead that no worker writes it (tooFarAhead). Anything else came from somebody's own clock; one that is ahead proves
+// nothing.
 func restartedSince(restartedAt string, at, clock time.Time) bool {
-	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
+	if own, ok := ownTime(restartedAt); ok {
 		return !own.Before(at) && !own.After(clock.Add(keepRecorded))
 	}
 	foreign, err := time.Parse(time.RFC3339, restartedAt)
 	return err == nil && !foreign.Before(at) && !foreign.After(clock)
+}
+
+// ownTime reads a restartedAt of our own form.
+func ownTime(restartedAt string) (own time.Time, ok bool) {
+	own, err := time.Parse(restartedAtLayout, restartedAt)
+	return own, err == nil
 }
 
 // patch restarts d as `kubectl rollout restart` does, and changes nothing else.

@@ -21,6 +21,8 @@ const (
 	// conflicts with an update that the watch is about to bring.
 	minBackoff = 10 * time.Millisecond
 	maxBackoff = 15 * time.Second
+	// placeDelay is how long a retry waits that found no place.
+	placeDelay = 100 * time.Millisecond
 	// maxRetryAfter bounds what a Retry-After of the API server is believed.
 	maxRetryAfter = 5 * time.Minute
 
@@ -61,6 +63,7 @@ type worker struct {
 	window   time.Duration // how long a request counts
 	now      func() time.Time
 	kick     chan struct{} // asks for a catch-up
+	retrying chan struct{} // a place for each retry in flight
 
 	ahead    atomic.Int64          // how far Valkey's clock is ahead of ours, in ns
 	caughtUp atomic.Pointer[error] // why the last catch-up failed; nil: it did not
@@ -70,6 +73,9 @@ type worker struct {
 	// conflicts are the Deployments whose record was outdated when it was
 	// patched. They wait for the watch rather than for the backoff.
 	conflicts map[types.NamespacedName]struct{}
+	// notBefore is what a Retry-After asked for. The queue alone would come
+	// sooner, for a newer request or an older backoff.
+	notBefore map[types.NamespacedName]time.Time
 }
 
 func newWorker(cfg workerConfig, prefixes imagePrefixes, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
@@ -84,6 +90,8 @@ func newWorker(cfg workerConfig, prefixes imagePrefixes, client dynamic.Interfac
 		kick:      make(chan struct{}, 1),
 		requests:  map[string]request{},
 		conflicts: map[types.NamespacedName]struct{}{},
+		notBefore: map[types.NamespacedName]time.Time{},
+		retrying:  make(chan struct{}, max(1, cfg.Concurrency/2)),
 		backoff:   workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](minBackoff, maxBackoff),
 	}
 	w.queue = workqueue.NewTypedRateLimitingQueue(w.backoff)
@@ -173,6 +181,9 @@ func (w *worker) note(e event, heard time.Time) {
 		w.mu.Unlock()
 		w.log.Warn("request ignored: too many images to remember", "image", e.Image, "requested_at", formatTime(e.RequestedAt))
 		return
+	}
+	if w.tooFarAhead(before.at) { // heard while Valkey's clock was wrong
+		before = request{}
 	}
 	if e.RequestedAt < before.at || e.RequestedAt == before.at && (heard.IsZero() || !before.heard.IsZero()) {
 		w.mu.Unlock()
@@ -272,7 +283,7 @@ func (w *worker) catchUp(ctx context.Context) error {
 	}
 	w.ahead.Store(int64(clock.Sub(w.now())))
 	w.forget(clock)
-	for _, e := range events {
+	for _, e := range events { // the newest first: who runs several needs no more
 		w.found(e)
 	}
 	w.log.Debug("caught up", "recorded", len(events))
@@ -292,13 +303,13 @@ func (w *worker) found(e event) {
 // forget drops requests that no longer count, so that memory is bounded by what
 // was asked for within the window.
 func (w *worker) forget(clock time.Time) {
-	oldest := clock.Add(-w.window).UnixMicro()
+	now := w.now()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for image, r := range w.requests {
 		// One that cannot be delivered is kept a little longer, so that it is
 		// given up, and said to be, when its turn comes.
-		if r.at < oldest-2*maxRetryAfter.Microseconds() {
+		if r.age(now, clock) > w.window+2*maxRetryAfter {
 			delete(w.requests, image)
 		}
 	}
@@ -320,25 +331,42 @@ func (w *worker) patchLoop(ctx context.Context) {
 func (w *worker) reconcile(ctx context.Context, key types.NamespacedName) {
 	w.mu.Lock()
 	delete(w.conflicts, key)
+	early := w.notBefore[key].Sub(w.now())
 	w.mu.Unlock()
 	d := w.cache.get(key)
 	if d == nil {
-		w.queue.Forget(key)
+		w.done(key)
 		return
+	}
+	if early > 0 {
+		w.queue.AddAfter(key, early)
+		return
+	}
+	if w.queue.NumRequeues(key) > 0 {
+		// What fails may take its time to do so. It leaves places for the rest.
+		select {
+		case w.retrying <- struct{}{}:
+			defer func() { <-w.retrying }()
+		default:
+			w.queue.AddAfter(key, placeDelay)
+			return
+		}
 	}
 	image, r, v := w.owed(d)
 	log := w.log.With("namespace", d.Namespace, "deployment", d.Name, "image", image, "requested_at", formatTime(r.at))
 	switch v {
 	case verdictSatisfied:
-		w.queue.Forget(key)
-	case verdictDeleting, verdictPaused:
-		log.Info("not restarted", "reason", v.String())
-		w.queue.Forget(key)
+		w.done(key)
 	case verdictExpired:
 		if w.queue.NumRequeues(key) > 0 {
 			log.Error("gave up: the restart failed until the request was too old", "window", w.window.String())
+			w.done(key)
+			return
 		}
-		w.queue.Forget(key)
+		fallthrough
+	case verdictDeleting, verdictPaused:
+		log.Info("not restarted", "reason", v.String())
+		w.done(key)
 	case verdictRestart:
 		// A patch that is on its way when worker is stopped is finished.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
@@ -357,12 +385,10 @@ func (w *worker) settle(key types.NamespacedName, log *slog.Logger, d *deploymen
 		} else {
 			log.Info("restarted")
 		}
-		w.queue.Forget(key)
-	case apierrors.IsNotFound(err): // deleted meanwhile
-		w.queue.Forget(key)
-	case apierrors.IsConflict(err):
-		// Somebody was faster, perhaps another worker. The watch brings what
-		// they did.
+		w.done(key)
+	case apierrors.IsConflict(err), apierrors.IsNotFound(err) && w.queue.NumRequeues(key) < 5:
+		// Somebody was faster, perhaps another worker, or deleted it. The watch
+		// brings what they did.
 		log.Debug("changed meanwhile, looking again")
 		w.mu.Lock()
 		w.conflicts[key] = struct{}{}
@@ -373,23 +399,34 @@ func (w *worker) settle(key types.NamespacedName, log *slog.Logger, d *deploymen
 		delay := w.backoff.When(key)
 		if later := (*retryAfterError)(nil); errors.As(err, &later) {
 			delay = max(delay, min(later.delay, maxRetryAfter))
+			w.mu.Lock()
+			w.notBefore[key] = w.now().Add(delay)
+			w.mu.Unlock()
 		}
 		w.queue.AddAfter(key, delay)
 	}
 }
 
+// done forgets what a Deployment that is owed nothing more has been through.
+func (w *worker) done(key types.NamespacedName) {
+	w.queue.Forget(key)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.notBefore, key)
+}
+
 // owed returns what d is owed: the newest request for one of its images that
 // it has not restarted for, and what is to be done about it.
 func (w *worker) owed(d *deployment) (image string, r request, v verdict) {
-	clock := w.clock()
+	now, clock := w.now(), w.clock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, c := range d.images {
 		candidate, ok := w.requests[c.ref]
-		if !ok || c.pinned || candidate.at <= r.at {
+		if !ok || c.pinned || candidate.at <= r.at || w.tooFarAhead(candidate.at) {
 			continue
 		}
-		if verdict := decide(d, candidate, clock, w.window); verdict != verdictSatisfied {
+		if verdict := decide(d, candidate, now, clock, w.window); verdict != verdictSatisfied {
 			image, r, v = c.ref, candidate, verdict
 		}
 	}

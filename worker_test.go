@@ -63,6 +63,7 @@ type testWorker struct {
 	valkey *miniredis.Miniredis
 	logs   *logBuffer
 	pub    *publisher
+	passed atomic.Int64 // added to its clock, in ns
 	stop   func() error // stops it and returns what run returned
 }
 
@@ -100,7 +101,9 @@ func startWorkerOn(t *testing.T, kube *kubeAPI, m *miniredis.Miniredis, cfg valk
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &testWorker{worker: newWorker(wc, prefixes, kube.client(), source, log, time.Now), t: t, kube: kube, valkey: m, logs: logs, pub: pub}
+	w := &testWorker{t: t, kube: kube, valkey: m, logs: logs, pub: pub}
+	now := func() time.Time { return time.Now().Add(time.Duration(w.passed.Load())) }
+	w.worker = newWorker(wc, prefixes, kube.client(), source, log, now)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.run(ctx) }()
@@ -453,8 +456,10 @@ func TestFailedPatchIsRetried(t *testing.T) {
 	w.awaitRestart("a/broken", at)
 }
 
-// A 429 is not answered with more load before its Retry-After is over.
+// A 429 is not answered with more load before its Retry-After is over, not for a
+// newer request either.
 func TestRetryAfter(t *testing.T) {
+	t.Parallel()
 	kube := newKubeAPI(t)
 	kube.create("a/api", spec{image: apiDev})
 	var mu sync.Mutex
@@ -469,6 +474,8 @@ func TestRetryAfter(t *testing.T) {
 		return 0, nil
 	}
 	w := startTestWorker(t, kube)
+	w.publish(apiDev)
+	eventually(t, "it is refused", func() bool { return w.logs.has("restart failed") })
 	w.awaitRestart("a/api", w.publish(apiDev))
 	mu.Lock()
 	defer mu.Unlock()
@@ -479,6 +486,146 @@ func TestRetryAfter(t *testing.T) {
 	if !w.logs.has("restart failed", "429", "Retry-After: 1s") {
 		t.Error("the refusal is not logged")
 	}
+}
+
+// An older backoff does not come before a Retry-After.
+func TestRetryAfterAndBackoff(t *testing.T) {
+	t.Parallel()
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	var mu sync.Mutex
+	var times []time.Time
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		mu.Lock()
+		defer mu.Unlock()
+		times = append(times, time.Now())
+		switch len(times) {
+		case 1, 2, 3, 4, 5, 6: // the next try is 640 ms away
+			return 500, nil
+		case 7:
+			return 429, http.Header{"Retry-After": {"2"}}
+		}
+		return 0, nil
+	}
+	w := startTestWorker(t, kube)
+	tries := func() int { mu.Lock(); defer mu.Unlock(); return len(times) }
+	w.publish(apiDev)
+	eventually(t, "six tries", func() bool { return tries() == 6 })
+	w.awaitRestart("a/api", w.publish(apiDev)) // tried at once
+	mu.Lock()
+	defer mu.Unlock()
+	if len(times) != 8 || times[7].Sub(times[6]) < 2*time.Second {
+		t.Errorf("patched at %v", times)
+	}
+}
+
+// A 404 need not come from the API server. What is really deleted, the watch says.
+func TestNotFound(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	var n atomic.Int32
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		if n.Add(1) < 8 {
+			return 404, nil
+		}
+		return 0, nil
+	}
+	w := startTestWorker(t, kube)
+	w.awaitRestart("a/api", w.publish(apiDev))
+	if !w.logs.has(`"level":"WARN"`, "restart failed", `"deployment":"api"`) {
+		t.Error("it is not logged")
+	}
+}
+
+// Retries that hang leave places for others.
+func TestHangingRetries(t *testing.T) {
+	kube := newKubeAPI(t)
+	for i := range 8 {
+		kube.create(fmt.Sprintf("bad/api-%d", i), spec{image: apiDev})
+	}
+	kube.create("good/web", spec{image: "ghcr.io/acme/web:dev"})
+	release := make(chan struct{})
+	defer close(release)
+	var mu sync.Mutex
+	tried := map[string]bool{}
+	var hanging atomic.Int32
+	kube.onPatch = func(c patchCall) (int, http.Header) {
+		mu.Lock()
+		again := tried[c.key]
+		tried[c.key] = true
+		mu.Unlock()
+		if c.key == "good/web" {
+			return 0, nil
+		}
+		if again {
+			hanging.Add(1)
+			<-release
+		}
+		return 500, nil
+	}
+	w := startTestWorker(t, kube) // four places
+	w.publish(apiDev)
+	eventually(t, "retries hang", func() bool { return hanging.Load() == 2 })
+	begun := time.Now()
+	w.awaitRestart("good/web", w.publish("ghcr.io/acme/web:dev"))
+	if took := time.Since(begun); took > patchTimeout/2 {
+		t.Errorf("it waited for %s", took)
+	}
+}
+
+// One restart for all images that were missed, by the newest.
+func TestCatchUpOfSeveralImages(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev, init: "ghcr.io/acme/init:dev", volume: "ghcr.io/acme/volume:dev"})
+	w := startTestWorker(t, kube)
+	now := time.Now().UnixMicro()
+	for i, image := range []string{"ghcr.io/acme/init:dev", apiDev, "ghcr.io/acme/volume:dev"} {
+		if _, err := w.valkey.ZAdd("krt:requested", float64(now+int64(i)), image); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 9000 { // so that it takes a while to get from one to the next
+		if _, err := w.valkey.ZAdd("krt:requested", float64(now), fmt.Sprintf("ghcr.io/acme/x-%d:dev", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.catchUpSoon()
+	w.awaitRestart("a/api", formatTime(now+2))
+	w.settled()
+	kube.mu.Lock()
+	defer kube.mu.Unlock()
+	if got := kube.applied["a/api"]; len(got) != 1 {
+		t.Errorf("restarted at %q", got)
+	}
+}
+
+// Valkey's clock went back by more than the window. What was announced is
+// restarted all the same, also by a worker that never reads that clock.
+func TestClocksApart(t *testing.T) {
+	for _, catchUp := range []time.Duration{time.Hour, 0} {
+		kube := newKubeAPI(t)
+		kube.create("a/api", spec{image: apiDev})
+		w := startTestWorker(t, kube, func(c *workerConfig) { c.CatchUp = catchUp })
+		w.valkey.SetTime(time.Now().Add(-2 * time.Hour))
+		w.awaitRestart("a/api", w.publish(apiDev))
+	}
+}
+
+// Valkey's clock was days ahead for a while. What was asked for meanwhile does
+// not swallow what is asked for later.
+func TestClockWasAhead(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	w := startTestWorker(t, kube)
+	set := func(to time.Time) {
+		w.valkey.SetTime(to)
+		w.catchUpSoon()
+		eventually(t, "the clock is known", func() bool { return w.clock().Sub(to).Abs() < time.Minute })
+	}
+	set(time.Now().Add(40 * 24 * time.Hour))
+	w.awaitRestart("a/api", w.publish(apiDev))
+	set(time.Now())
+	w.awaitRestart("a/api", w.publish(apiDev))
 }
 
 // The newer T wins, whatever order the two arrive in.
@@ -541,6 +688,112 @@ func TestConflictIsRetriedWhenTheWatchCatchesUp(t *testing.T) {
 	eventually(t, "the outdated record is refused", func() bool { return w.logs.has("changed meanwhile", `"deployment":"api"`) })
 	kube.change("a/api", func(o map[string]any) { o["status"] = map[string]any{"replicas": 1} })
 	w.awaitRestart("a/api", at)
+}
+
+// A list that is streamed for longer than watchDelay is not taken for a dead
+// watch, whatever is patched meanwhile.
+func TestSlowRelist(t *testing.T) {
+	t.Parallel()
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	var slow atomic.Bool
+	var begun atomic.Int32
+	kube.front(t, func(w http.ResponseWriter, r *http.Request) bool {
+		if slow.Load() && r.URL.Query().Get("sendInitialEvents") == "true" {
+			begun.Add(1)
+			kube.ServeHTTP(slowEnd{w, watchDelay + 2*time.Second}, r)
+			return true
+		}
+		return false
+	})
+	w := startTestWorker(t, kube)
+	slow.Store(true)
+	kube.breakWatches()
+	eventually(t, "the list is begun", func() bool { return begun.Load() == 1 })
+	kube.create("a/late", spec{image: "ghcr.io/acme/late:dev"})
+	late := w.publish("ghcr.io/acme/late:dev")
+	w.awaitRestart("a/api", w.publish(apiDev)) // from the record that worker has
+	api := w.publish(apiDev)                   // refused until the list is complete
+	w.awaitRestart("a/late", late)
+	w.awaitRestart("a/api", api)
+	if n := begun.Load(); n != 1 || w.logs.has("missed a change") {
+		t.Errorf("the list was begun %d times", n)
+	}
+}
+
+// slowEnd delays the end of a streamed list.
+type slowEnd struct {
+	http.ResponseWriter
+	delay time.Duration
+}
+
+func (s slowEnd) Flush() { s.ResponseWriter.(http.Flusher).Flush() }
+
+func (s slowEnd) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("initial-events-end")) {
+		s.Flush()
+		time.Sleep(s.delay)
+	}
+	return s.ResponseWriter.Write(p)
+}
+
+// A watch that is never begun is given up.
+func TestHangingWatch(t *testing.T) {
+	t.Parallel()
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	var hang, hung atomic.Bool
+	kube.front(t, func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Query().Get("watch") != "true" || !hang.CompareAndSwap(true, false) {
+			return false
+		}
+		hung.Store(true)
+		<-r.Context().Done()
+		return true
+	})
+	w := startTestWorker(t, kube)
+	hang.Store(true)
+	kube.breakWatches()
+	eventually(t, "it hangs", hung.Load)
+	kube.create("a/late", spec{image: apiDev})
+	at := w.publish(apiDev)
+	w.awaitRestart("a/api", at)
+	time.Sleep(requestLimit)
+	w.awaitRestart("a/late", at)
+}
+
+// Two workers, of which one is slow, and a GitOps tool that takes the annotation
+// away: the slow one does not put it back.
+func TestGitOpsAndTwoWorkers(t *testing.T) {
+	kube := newKubeAPI(t)
+	kube.create("a/api", spec{image: apiDev})
+	var n atomic.Int32
+	stripped := make(chan struct{})
+	kube.onPatch = func(patchCall) (int, http.Header) {
+		if n.Add(1) == 2 {
+			<-stripped
+		}
+		return 0, nil
+	}
+	a := startTestWorker(t, kube)
+	b := startWorkerOn(t, kube, a.valkey, valkeyConfig{Addr: a.valkey.Addr(), Channel: "krt"})
+	eventually(t, "both are ready", func() bool { return b.ready() == nil })
+	a.awaitRestart("a/api", a.publish(apiDev))
+	eventually(t, "both patch", func() bool { return n.Load() == 2 })
+	for _, w := range []*testWorker{a, b} {
+		eventually(t, "both have seen it", func() bool { return !w.cache.running(apiDev)[0].restarted.IsZero() })
+	}
+	kube.change("a/api", func(o map[string]any) {
+		delete(child(child(child(o, "spec"), "template"), "metadata"), "annotations")
+	})
+	close(stripped)
+	a.settled()
+	b.settled()
+	kube.mu.Lock()
+	defer kube.mu.Unlock()
+	if got := kube.applied["a/api"]; len(got) != 1 {
+		t.Errorf("restarted at %q", got)
+	}
 }
 
 // A watch that no longer brings what worker itself has changed is begun anew.
@@ -766,7 +1019,7 @@ func TestGiveUp(t *testing.T) {
 	w := startTestWorker(t, kube)
 	at := w.publish(apiDev)
 	eventually(t, "it failed", func() bool { return len(kube.patchesOf("a/api")) > 3 })
-	w.ahead.Store(int64(61 * time.Minute)) // an hour passes
+	w.passed.Store(int64(61 * time.Minute))
 	eventually(t, "it is given up", func() bool { return w.logs.has(`"level":"ERROR"`, "gave up", `"deployment":"api"`, at) })
 	tries := len(kube.patchesOf("a/api"))
 	time.Sleep(50 * time.Millisecond)
@@ -854,6 +1107,8 @@ func TestDecide(t *testing.T) {
 		paused      bool
 		deleting    bool
 		age         time.Duration // of the request, if not ten minutes
+		waited      time.Duration // since it was heard
+		restarted   time.Duration // after T, the newest of ours that was seen; 0: none
 		want        verdict
 	}{
 		{name: "message, never restarted", announced: message, created: -time.Hour, known: -1, want: verdictRestart},
@@ -885,9 +1140,15 @@ func TestDecide(t *testing.T) {
 		{name: "paused, restarted already", announced: message, restartedAt: ours(0), created: -time.Hour, known: -1, paused: true, want: verdictSatisfied},
 		{name: "deleted", announced: message, created: -time.Hour, known: -1, deleting: true, want: verdictDeleting},
 		{name: "deleted while paused", announced: message, created: -time.Hour, known: -1, deleting: true, paused: true, want: verdictDeleting},
-		{name: "at the edge of the window", announced: message, created: -9 * time.Hour, known: -1, age: time.Hour, want: verdictRestart},
-		{name: "out of the window", announced: message, created: -9 * time.Hour, known: -1, age: time.Hour + 1000, want: verdictExpired},
-		{name: "out of the window and paused", announced: message, created: -9 * time.Hour, known: -1, age: 2 * time.Hour, paused: true, want: verdictExpired},
+		{name: "ours was seen at T and is gone", announced: message, restarted: time.Microsecond, created: -time.Hour, known: -1, want: verdictSatisfied},
+		{name: "ours was seen before T and is gone", announced: message, restarted: -time.Microsecond, created: -time.Hour, known: -1, want: verdictRestart},
+		{name: "ours was seen ahead of the clock", announced: message, restarted: 12 * time.Minute, created: -time.Hour, known: -1, want: verdictRestart},
+		{name: "at the edge of the window", announced: catchUp, created: -9 * time.Hour, age: time.Hour, want: verdictRestart},
+		{name: "out of the window", announced: catchUp, created: -9 * time.Hour, age: time.Hour + 1000, want: verdictExpired},
+		{name: "out of the window and paused", announced: catchUp, created: -9 * time.Hour, age: 2 * time.Hour, paused: true, want: verdictExpired},
+		{name: "message, at the edge of the window", announced: message, created: -9 * time.Hour, known: -1, waited: time.Hour, want: verdictRestart},
+		{name: "message, out of the window", announced: message, created: -9 * time.Hour, known: -1, waited: time.Hour + 1, want: verdictExpired},
+		{name: "message, old by a clock that was set", announced: message, created: -9 * time.Hour, known: -1, age: 9 * time.Hour, want: verdictRestart},
 		{name: "Valkey's clock went back", announced: message, created: -9 * time.Hour, known: -1, age: -time.Hour, want: verdictRestart},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -895,7 +1156,11 @@ func TestDecide(t *testing.T) {
 			if tt.age != 0 {
 				requested = clock.Add(-tt.age)
 			}
-			d := &deployment{ObjectMeta: metav1.ObjectMeta{CreationTimestamp: metav1.NewTime(at.Add(tt.created))},
+			seen := time.Time{}
+			if tt.restarted != 0 {
+				seen = at.Add(tt.restarted)
+			}
+			d := &deployment{restarted: seen, ObjectMeta: metav1.ObjectMeta{CreationTimestamp: metav1.NewTime(at.Add(tt.created))},
 				restartedAt: tt.restartedAt, paused: tt.paused, known: local(tt.known)}
 			if tt.deleting {
 				d.DeletionTimestamp = &metav1.Time{Time: clock}
@@ -904,7 +1169,7 @@ func TestDecide(t *testing.T) {
 			if tt.announced {
 				r.heard = local(0)
 			}
-			if got := decide(d, r, clock, time.Hour); got != tt.want {
+			if got := decide(d, r, local(tt.waited), clock, time.Hour); got != tt.want {
 				t.Errorf("%s, want %s", got, tt.want)
 			}
 		})

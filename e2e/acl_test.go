@@ -272,7 +272,7 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 	v := startManifestValkey(t, valkey.ClientOption{})
 	may := map[string][]string{
 		"web":    {"ping", "eval", "evalsha", "zadd", "zcard", "zscore", "zremrangebyscore", "time", "publish"},
-		"worker": {"ping", "subscribe", "zrangebyscore", "time"},
+		"worker": {"ping", "subscribe", "zrevrangebyscore", "time"},
 		"probe":  {"ping"},
 	}
 	// Valkey lets nobody off these: a client can always say who it is and leave.
@@ -323,7 +323,7 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 		{"web", "ZADD other 1 x", false},
 		{"web", "ZADD kuberollouttrigger:other 1 x", false},
 		{"web", "SUBSCRIBE kuberollouttrigger", false},
-		{"web", "ZRANGEBYSCORE kuberollouttrigger:requested 0 +inf", false},
+		{"web", "ZREVRANGEBYSCORE kuberollouttrigger:requested +inf 0", false},
 		{"web", "EVAL return(redis.call('DEL','kuberollouttrigger:requested')) 0", false},
 		{"web", "EVAL return(redis.call('ZADD','other',1,'x')) 0", false},
 		{"web", "DEL kuberollouttrigger:requested", false},
@@ -333,8 +333,8 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 		{"web", "FUNCTION LIST", false},
 		{"web", "SCRIPT FLUSH", false},
 		{"web", "SHUTDOWN", false},
-		{"worker", "ZRANGEBYSCORE kuberollouttrigger:requested 0 +inf", true},
-		{"worker", "ZRANGEBYSCORE other 0 +inf", false},
+		{"worker", "ZREVRANGEBYSCORE kuberollouttrigger:requested +inf 0", true},
+		{"worker", "ZREVRANGEBYSCORE other +inf 0", false},
 		{"worker", "PUBLISH kuberollouttrigger x", false},
 		{"worker", "ZADD kuberollouttrigger:requested 1 x", false},
 		{"worker", "SUBSCRIBE other", false},

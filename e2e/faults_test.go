@@ -420,7 +420,7 @@ func TestValkeyDownAtStart(t *testing.T) {
 // Least privilege in Valkey, as k8s/ and the docs give it.
 var (
 	webRights    = []string{"+ping", "+eval", "+evalsha", "+zadd", "+zcard", "+zscore", "+zremrangebyscore", "+time", "+publish"}
-	workerRights = []string{"+ping", "+subscribe", "+zrangebyscore", "+time"}
+	workerRights = []string{"+ping", "+subscribe", "+zrevrangebyscore", "+time"}
 )
 
 // setUser makes a user of Valkey, or replaces it.
@@ -542,7 +542,7 @@ func TestValkeyRefuses(t *testing.T) {
 	for _, b := range []broken{
 		{"wrong password", workerRights, "wrong-horse", "WRONGPASS"},
 		{"no subscribe", without(workerRights, "+subscribe"), "right-horse", "no permissions"},
-		{"no zrangebyscore", without(workerRights, "+zrangebyscore"), "right-horse", "no permissions"},
+		{"no zrevrangebyscore", without(workerRights, "+zrevrangebyscore"), "right-horse", "no permissions"},
 		{"no time", without(workerRights, "+time"), "right-horse", "no permissions"},
 	} {
 		t.Run("worker/"+b.name, func(t *testing.T) { check(t, "worker", b, workerRights, "%R") })
