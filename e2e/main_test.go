@@ -7,7 +7,7 @@
 // The control plane is built from the Go module proxy into E2E_CACHE (default:
 // kuberollouttrigger-e2e in the user's cache directory), about five minutes the
 // first time. valkey-server must be installed. Nothing outside loopback is
-// spoken to once the binaries are built.
+// spoken to once the binaries are built and the Gateway API's module is there.
 //
 // Every test has namespaces, a Valkey, a web and workers of its own; all share
 // one API server, so image names must not repeat between tests (see images).
