@@ -21,6 +21,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -56,12 +57,17 @@ func runDev(ctx context.Context, args []string, getenv func(string) string, stdo
 		return nil
 	} else if err != nil {
 		return usageError{err}
+	} else if fs.NArg() > 0 {
+		return usageError{fmt.Errorf("unexpected argument %q; see kuberollouttrigger dev -h", fs.Arg(0))}
 	}
 	ref, err := parseImage(*image)
 	if err != nil {
 		return usageError{fmt.Errorf("--image: %w", err)}
 	}
-	owner, _, _ := strings.Cut(*repository, "/")
+	owner, name, _ := strings.Cut(*repository, "/")
+	if !ownerRE.MatchString(owner) || name == "" || strings.Contains(name, "/") {
+		return usageError{fmt.Errorf("--repository: %q is not a repository; expected owner/name, such as acme/api", *repository)}
+	}
 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -73,6 +79,7 @@ func runDev(ctx context.Context, args []string, getenv func(string) string, stdo
 
 	env := map[string]string{
 		"LOG_LEVEL":            "warn",
+		"VALKEY_ADDR":          "", // the embedded one
 		"GITHUB_OIDC_AUDIENCE": "kuberollouttrigger-dev",
 		"GITHUB_ALLOWED_ORG":   owner,
 		"ALLOWED_IMAGE_PREFIX": ref[:strings.LastIndex(ref, "/")],
@@ -83,7 +90,7 @@ func runDev(ctx context.Context, args []string, getenv func(string) string, stdo
 		}
 	}
 	valkeyIs := "as VALKEY_ADDR says"
-	if getenv("VALKEY_ADDR") == "" {
+	if env["VALKEY_ADDR"] == "" {
 		embedded := miniredis.NewMiniRedis()
 		if err := embedded.StartAddr("127.0.0.1:0"); err != nil {
 			return fmt.Errorf("starting the embedded Valkey: %w", err)
@@ -149,6 +156,7 @@ Stop with Ctrl-C. LOG_LEVEL=info shows the logs of both.
 type devPair struct {
 	webURL, webOps, workerOps string
 	audience                  string
+	worker                    workerConfig // without Kubeconfig: on the simulated cluster
 	failed                    chan error
 	running                   chan struct{} // closed when both have returned
 }
@@ -183,7 +191,7 @@ func startDevPair(ctx context.Context, env map[string]string, getenv func(string
 
 	p := &devPair{
 		webURL: "http://" + addrs[0], webOps: "http://" + addrs[1], workerOps: "http://" + addrs[2],
-		audience: webCfg.Web.Audience, failed: make(chan error, 2), running: make(chan struct{}),
+		audience: webCfg.Web.Audience, worker: workerCfg.Worker, failed: make(chan error, 2), running: make(chan struct{}),
 	}
 	workerDone := make(chan struct{})
 	go func() {
@@ -245,10 +253,7 @@ func (p *devPair) story(ctx context.Context, stdout io.Writer, issuer *devIssuer
 	fmt.Fprintf(stdout, "   It gets one: %d bytes, signed RS256, valid for five minutes.\n", len(token.Value))
 
 	start := time.Now()
-	post, err := json.Marshal(map[string]string{"image": image})
-	if err != nil {
-		return false, err
-	}
+	post := fmt.Appendf(nil, `{"image":%q}`, image)
 	status, body, err = httpDo(ctx, http.MethodPost, p.webURL+"/event", http.Header{
 		"Authorization": {"Bearer " + token.Value}, "Content-Type": {"application/json"},
 	}, post)
@@ -262,12 +267,12 @@ func (p *devPair) story(ctx context.Context, stdout io.Writer, issuer *devIssuer
 	}
 	fmt.Fprintf(stdout, "   So the request is on record in Valkey, and %d worker heard it at once.\n", a.Subscribers)
 
-	rows, restarted, err := devOutcome(ctx, client, image, a.RequestedAt)
+	rows, restarted, err := p.outcome(ctx, client, image, a.RequestedAt)
 	if err != nil {
 		return false, err
 	}
 	if restarted {
-		fmt.Fprintf(stdout, "3. worker restarted what runs it, %s after the POST:\n", time.Since(start).Round(time.Millisecond))
+		fmt.Fprintf(stdout, "3. worker restarted what runs it, within %s of the POST:\n", time.Since(start).Round(time.Millisecond))
 	} else {
 		fmt.Fprint(stdout, "3. worker restarted nothing:\n")
 	}
@@ -276,37 +281,47 @@ func (p *devPair) story(ctx context.Context, stdout io.Writer, issuer *devIssuer
 		fmt.Fprintf(tw, "     %s\n", row)
 	}
 	tw.Flush()
-	if len(rows) == 0 {
-		fmt.Fprintf(stdout, "     no Deployment runs %s\n", image)
-	}
 	fmt.Fprintln(stdout)
 	return restarted, nil
 }
 
-// devOutcome waits until every Deployment that should restart carries the time
-// of the request, and describes them all.
-func devOutcome(ctx context.Context, client dynamic.Interface, image, requestedAt string) (rows []string, restarted bool, err error) {
+// outcome waits until every Deployment that should restart carries the time of
+// the request, and describes them all; when time is up, as it last saw them. It
+// looks where worker looks, as RBAC may forbid the rest.
+func (p *devPair) outcome(ctx context.Context, client dynamic.Interface, image, requestedAt string) (rows []string, restarted bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, devTimeout)
 	defer cancel()
+	namespaces := p.worker.Namespaces
+	if len(namespaces) == 0 {
+		namespaces = []string{metav1.NamespaceAll}
+	}
+	simulated, pause := p.worker.Kubeconfig == "", 2*time.Millisecond
+	if !simulated {
+		pause = 200 * time.Millisecond // others use that API server too
+	}
 	for {
-		list, err := client.Resource(deploymentsResource).List(ctx, metav1.ListOptions{})
-		if err != nil {
-			return nil, false, fmt.Errorf("looking at the Deployments: %w", err)
+		var items []unstructured.Unstructured
+		for _, namespace := range namespaces {
+			list, err := client.Resource(deploymentsResource).Namespace(namespace).List(ctx, metav1.ListOptions{LabelSelector: p.worker.Selector})
+			if ctx.Err() != nil && rows != nil {
+				return rows, restarted, nil
+			} else if err != nil {
+				return nil, false, fmt.Errorf("looking at the Deployments: %w", err)
+			}
+			items = append(items, list.Items...)
 		}
 		rows, restarted = nil, false
-		waiting := false
-		for i := range list.Items {
-			d := newDeployment(&list.Items[i])
-			runs := false
-			for _, c := range d.images {
-				runs = runs || c.ref == image
-			}
+		waiting, others := false, 0
+		for i := range items {
+			d := newDeployment(&items[i])
+			runs := slices.ContainsFunc(d.images, func(c containerImage) bool { return c.ref == image })
 			pinned, _ := d.image(image)
 			what := ""
 			switch {
-			case !runs && len(d.images) > 0:
+			case !runs && simulated:
 				what = "left alone\truns " + d.images[0].ref
-			case !runs:
+			case !runs: // a cluster may have thousands
+				others++
 				continue
 			case d.restartedAt == requestedAt:
 				what = "restarted\trestartedAt is now " + d.restartedAt
@@ -316,14 +331,21 @@ func devOutcome(ctx context.Context, client dynamic.Interface, image, requestedA
 			case pinned:
 				what = "left alone\tpinned by digest"
 			default:
+				what = "not restarted yet\tLOG_LEVEL=info shows why"
 				waiting = true
 			}
 			rows = append(rows, fmt.Sprintf("%s/%s\t%s", d.Namespace, d.Name, what))
 		}
-		if !waiting || ctx.Err() != nil {
+		if rows == nil {
+			rows = []string{"no Deployment that worker looks at runs " + image}
+		}
+		if others > 0 {
+			rows = append(rows, fmt.Sprintf("%d with other images\tleft alone", others))
+		}
+		if !waiting {
 			return rows, restarted, nil
 		}
-		sleep(ctx, 2*time.Millisecond)
+		sleep(ctx, pause)
 	}
 }
 

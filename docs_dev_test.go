@@ -222,7 +222,7 @@ func TestDocumentedWorkflow(t *testing.T) {
 		if code != 0 || m == nil || len(slept) > 0 {
 			t.Fatalf("exit %d after sleeping %q:\n%s", code, slept, out)
 		}
-		rows, restarted, err := devOutcome(t.Context(), client, "ghcr.io/acme/api:dev", m[1])
+		rows, restarted, err := pair.outcome(t.Context(), client, "ghcr.io/acme/api:dev", m[1])
 		if err != nil || !restarted {
 			t.Fatalf("nothing restarted: %v\n%s", err, strings.Join(rows, "\n"))
 		}
