@@ -8,19 +8,21 @@ import (
 	"testing"
 )
 
-func TestParseRequest(t *testing.T) {
-	digest := "sha256:" + strings.Repeat("a", 64)
-	tags := func(n int) string {
-		var list []string
-		for i := range n {
-			list = append(list, fmt.Sprintf(`"t%d"`, i))
-		}
-		return `{"image":"ghcr.io/acme/api","tags":[` + strings.Join(list, ",") + `]}`
+const digest = "sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+
+// manyTags is a body with n tags.
+func manyTags(n int) string {
+	var list []string
+	for i := range n {
+		list = append(list, fmt.Sprintf(`"t%d"`, i))
 	}
-	for _, tt := range []struct {
-		body string
-		want string // images joined by spaces, or a part of the error after "!"
-	}{
+	return `{"image":"ghcr.io/acme/api","tags":[` + strings.Join(list, ",") + `]}`
+}
+
+// requestBodies are bodies of POST /event: want is the images joined by spaces,
+// or a part of the error after "!".
+func requestBodies() []struct{ body, want string } {
+	return []struct{ body, want string }{
 		{`{"image":"ghcr.io/acme/api:dev"}`, "ghcr.io/acme/api:dev"},
 		{" {\n\"image\" : \"ghcr.io/acme/api:dev\" }\n", "ghcr.io/acme/api:dev"},
 		{`{"image":"ghcr.io\/acme\/api:dev"}`, "ghcr.io/acme/api:dev"},
@@ -81,8 +83,12 @@ func TestParseRequest(t *testing.T) {
 		{`{"image":"ghcr.io/acme/api","tags":["-v1"]}`, "!is not valid"},
 		{`{"image":"ghcr.io/acme/api","tags":["v1@` + digest + `"]}`, "!is not valid"},
 		{`{"image":"ghcr.io/acme/api","tags":["v1\n"]}`, "!is not valid"},
-		{tags(maxTags + 1), "!tags must be a list of 1 to 32"},
-	} {
+		{manyTags(maxTags + 1), "!tags must be a list of 1 to 32"},
+	}
+}
+
+func TestParseRequest(t *testing.T) {
+	for _, tt := range requestBodies() {
 		images, err := parseRequest([]byte(tt.body))
 		if part, wrong := strings.CutPrefix(tt.want, "!"); wrong {
 			if err == nil || !strings.Contains(err.Error(), part) {
@@ -96,7 +102,7 @@ func TestParseRequest(t *testing.T) {
 			t.Errorf("%q: got %v, %v; want %s", tt.body, images, err, tt.want)
 		}
 	}
-	if images, err := parseRequest([]byte(tags(maxTags))); err != nil || len(images) != maxTags {
+	if images, err := parseRequest([]byte(manyTags(maxTags))); err != nil || len(images) != maxTags {
 		t.Errorf("%d tags: %v", maxTags, err)
 	}
 }

@@ -36,7 +36,8 @@ type question struct {
 	policy   *policy
 	requests [][]string // canonical references; a request has one name and its tags
 	claims   claims
-	token    string // empty: there are only claims
+	token    string                     // empty: there are only claims
+	payload  map[string]json.RawMessage // all that a token says; nil: some claims only
 	verify   bool
 }
 
@@ -134,6 +135,12 @@ func (q *question) readClaims(stdin io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("standard input has neither a token nor a JSON object of claims: %s", quoted(err.Error()))
 	}
+	if value, ok := jsonString(members["value"]); ok && tokenRE.MatchString(value) {
+		return errors.New("standard input has a token in the member value, as a runner is answered; give the token alone")
+	}
+	if q.token != "" || members["iss"] != nil {
+		q.payload = members
+	}
 	for name, raw := range members { // as checkClaims does
 		if s, ok := jsonString(raw); ok {
 			q.claims[name] = s
@@ -153,6 +160,8 @@ func (q *question) answer(ctx context.Context, w io.Writer, issuer *http.Client)
 	if q.verify {
 		token, denial = q.verifyToken(ctx, issuer)
 		proviso = ""
+	} else if err := q.checkPayload(); err != nil {
+		token, denial = invalid(err)
 	}
 	c := q.claims
 	line("token", "%s", token)
@@ -196,6 +205,24 @@ func (q *question) answer(ctx context.Context, w io.Writer, issuer *http.Client)
 	return result
 }
 
+func invalid(err error) (token, denial string) {
+	return "not valid: " + cut(err.Error()), "401: the token is not valid"
+}
+
+// checkPayload makes the verifier's checks that take no keys, at the time of iat:
+// by now the token has usually expired.
+func (q *question) checkPayload() error {
+	if q.payload == nil {
+		return nil
+	}
+	iat, _ := jsonSeconds(q.payload["iat"])
+	own, _ := jsonString(q.payload["aud"])
+	v := newVerifier(q.cfg.Web.Issuer, cmp.Or(q.cfg.Web.Audience, own), http.DefaultClient, slog.New(slog.DiscardHandler),
+		func() time.Time { return time.Unix(iat, 0) })
+	_, err := v.checkClaims(q.payload)
+	return err
+}
+
 // verifyToken asks the verifier as web does, with the issuer's keys of now.
 func (q *question) verifyToken(ctx context.Context, issuer *http.Client) (result, denial string) {
 	v := newVerifier(q.cfg.Web.Issuer, q.cfg.Web.Audience, issuer, slog.New(slog.DiscardHandler), time.Now)
@@ -207,7 +234,7 @@ func (q *question) verifyToken(ctx context.Context, issuer *http.Client) (result
 		c, err = v.verify(q.token)
 	}
 	if err != nil {
-		return "not valid: " + cut(err.Error()), "401: the token is not valid"
+		return invalid(err)
 	}
 	q.claims = c
 	return fmt.Sprintf("verified: signed by %s for %s, and valid now", quoted(q.cfg.Web.Issuer), quoted(q.cfg.Web.Audience)), ""

@@ -165,7 +165,11 @@ func runWeb(ctx context.Context, args []string, getenv func(string) string, stdo
 // client that fetches the issuer's keys.
 func serveWeb(ctx context.Context, cfg *config, issuer *http.Client, log *slog.Logger) error {
 	policy := newPolicy(cfg.Web.Orgs, cfg.Web.OrgIDs, cfg.Web.TrustPolicy)
-	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes)
+	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Web.Orgs, "org_ids", cfg.Web.OrgIDs,
+		"issuer", cfg.Web.Issuer, "audience", cfg.Web.Audience)
+	if rules := policy.strangers(); len(rules) > 0 {
+		log.Warn("event_name has a star that takes in pull_request_target or workflow_run: name the events, for these may run a stranger's code", "rules", rules)
+	}
 	verifier := newVerifier(cfg.Web.Issuer, cfg.Web.Audience, issuer, log, time.Now)
 	publisher, err := newPublisher(cfg.Valkey, log)
 	if err != nil {

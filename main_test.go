@@ -61,9 +61,15 @@ func TestCommandLine(t *testing.T) {
 		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=/none", code: 2, stderr: `KUBECONFIG (--kubeconfig): "/none": expected a kubeconfig with a cluster`},
 		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=go.mod", code: 2, stderr: `KUBECONFIG (--kubeconfig): "go.mod": `},
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", vars: secret, code: 1, stderr: "listening for web"},
-		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): no rules"},
+		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): line 1: no rules"},
+		// web says at start what holds.
+		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme,b --github-allowed-org-id=7 --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", code: 1,
+			stderr: `"msg":"policy","rules":["default rule: event_name=\"push\"|\"workflow_dispatch\"|\"repository_dispatch\"|\"release\"|\"schedule\"|\"registry_package\"|\"deployment\" may restart \"*\""],"prefixes":["ghcr.io/acme"],"orgs":["acme","b"],"org_ids":["7"],"issuer":"https://token.actions.githubusercontent.com","audience":"a"}`},
+		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0",
+			vars: []string{"TRUST_POLICY=- {claims: {event_name: pull_request_target}, images: ['*']}\n- {claims: {event_name: 'w*'}, images: ['*']}"}, code: 1,
+			stderr: `name the events, for these may run a stranger's code","rules":["rule 2"]}`},
 		// All at once, a policy included.
-		{args: "web --valkey-addr=x --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): no rules"},
+		{args: "web --valkey-addr=x --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): line 1: no rules"},
 		{args: "web --valkey-addr=x --trust-policy=x", code: 2, stderr: "missing required configuration: ALLOWED_IMAGE_PREFIX"},
 		{args: "web --valkey-password= " + password, code: 2, stderr: "an argument that is no flag"},
 		{args: "version -h", stdout: "kuberollouttrigger "},

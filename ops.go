@@ -20,9 +20,8 @@ const (
 	// after lameDuck; k8s/ grants both, and the preStop before them.
 	drainTimeout = 25 * time.Second
 
-	// lameDuck is how long web goes on at SIGTERM, closing each connection with
-	// its next answer, before it closes those that are idle. A proxy that keeps
-	// connections may just be sending a request on one of them.
+	// lameDuck is how long web goes on at SIGTERM before it stops accepting, for
+	// those who have not heard yet that it is going.
 	lameDuck = time.Second
 
 	// probeTimeout bounds what a readiness check may take, below the second
@@ -31,8 +30,8 @@ const (
 
 	// maxConnections bounds what an open port costs: memory, and requests in
 	// flight, since HTTP/1 has one on each connection. Further ones wait in the
-	// kernel until one of these is idle for idleTimeout or slower than the
-	// timeouts of newServer. There are more than may publish at once, so that
+	// kernel until one of these is answered or slower than the timeouts of
+	// newServer. There are more than may publish at once, so that
 	// while Valkey is silent the others are told so at once.
 	maxConnections = 4 * maxPublishing
 	idleTimeout    = 15 * time.Second
@@ -116,16 +115,6 @@ func (l *listener) drain() error {
 // task is a part of the process that runs until its context is done.
 type task func(ctx context.Context) error
 
-// closeWhen has a connection closed with its next answer once stopping is set.
-func closeWhen(stopping *atomic.Bool, h http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if stopping.Load() {
-			w.Header().Set("Connection", "close")
-		}
-		h.ServeHTTP(w, r)
-	})
-}
-
 // serveAll runs the tasks and the servers until ctx is done or one of them
 // fails. It then says that it is stopping, drains what the world sends to
 // (front, which may be nil), stops the tasks, and the probes last.
@@ -147,7 +136,10 @@ func serveAll(ctx context.Context, ops, front *listener, stopping *atomic.Bool, 
 	}
 	start(&serving, ops.serve)
 	if front != nil {
-		front.server.Handler = closeWhen(stopping, front.server.Handler)
+		// A request a connection: kept, a thousand of strangers would leave none
+		// for others, and one that a proxy keeps would be closed at SIGTERM while
+		// the next request is on its way.
+		front.server.SetKeepAlivesEnabled(false)
 		start(&serving, front.serve)
 	}
 	<-ctx.Done()

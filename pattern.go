@@ -62,7 +62,9 @@ func (p pattern) expand(c claims) (expanded pattern, ok bool) {
 
 var (
 	placeholderRE = regexp.MustCompile(`\{(repository|repository_owner|repository_id)\}`)
-	familiarRE    = regexp.MustCompile(`^(index\.)?docker\.io/[^/*]*:`)
+	bracesRE      = regexp.MustCompile(`\{\w+\}`)
+	claimNameRE   = regexp.MustCompile(`^[A-Za-z][\w#$-]*$`)
+	familiarRE    = regexp.MustCompile(`^(index\.docker\.io/|docker\.io/[^/*]*:)`)
 
 	// The grammar of github.com/distribution/reference, with what canonical
 	// references always have: a host that looks like one, and a tag.
@@ -74,12 +76,18 @@ var (
 
 	// claimForms are those that GitHub documents and people get wrong.
 	claimForms = map[string]struct{ form, expected string }{
-		"ref":                 {`(refs/.+)?`, "refs/heads/name or refs/tags/name"},
-		"event_name":          {`[a-z_]+`, "the name of an event, such as push"},
-		"repository":          {`[^/]+/[^/]+`, "owner/name"},
-		"repository_id":       {`\d+`, "a number"},
-		"repository_owner_id": {`\d+`, "a number"},
-		"job_workflow_ref":    {`[^/]+/[^/]+/.+@.+`, "owner/name/.github/workflows/file.yml@ref"},
+		"ref":                   {`(refs/(heads|tags|pull)/[^ ?\[\\^:~]+)?`, "refs/heads/name or refs/tags/name"},
+		"ref_type":              {`branch|tag`, "branch or tag"},
+		"ref_protected":         {`true|false`, `"true" or "false"`},
+		"event_name":            {`[a-z_]+`, "the name of an event, such as push"},
+		"repository":            {`[\w-]+/[\w.-]+`, "owner/name"},
+		"repository_owner":      {`[\w-]+`, "an owner's name"},
+		"repository_id":         {`\d+`, "a number"},
+		"repository_owner_id":   {`\d+`, "a number"},
+		"repository_visibility": {`public|private|internal`, "public, private or internal"},
+		"runner_environment":    {`github-hosted|self-hosted`, "github-hosted or self-hosted"},
+		"job_workflow_ref":      {`[\w-]+/[\w.-]+/.+@.+`, "owner/name/.github/workflows/file.yml@ref"},
+		"workflow_ref":          {`[\w-]+/[\w.-]+/.+@.+`, "owner/name/.github/workflows/file.yml@ref"},
 	}
 )
 

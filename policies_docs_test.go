@@ -345,8 +345,9 @@ func TestDocsClaimsCommand(t *testing.T) {
 		t.Fatal("docs/policies.md has no such command")
 	}
 	issuer := newTestIssuer(t)
+	vars := map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL}
 	for _, ref := range []string{"refs/heads/main", "refs/heads/ma\u00efn", "refs/heads/~~~???>>>", "refs/heads/m"} { // - and _ and all lengths
-		want, err := askExplain(t, noIssuer(t), string(jsonBytes(t, issuer.claimsWith(map[string]any{"ref": ref}))), nil, "--image=ghcr.io/acme/api:dev")
+		want, err := askExplain(t, noIssuer(t), string(jsonBytes(t, issuer.claimsWith(map[string]any{"ref": ref}))), vars, "--image=ghcr.io/acme/api:dev")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -355,7 +356,7 @@ func TestDocsClaimsCommand(t *testing.T) {
 		if code != 0 {
 			t.Fatalf("exit %d: %s", code, out)
 		}
-		if got, err := askExplain(t, noIssuer(t), out, nil, "--image=ghcr.io/acme/api:dev"); err != nil || got != want {
+		if got, err := askExplain(t, noIssuer(t), out, vars, "--image=ghcr.io/acme/api:dev"); err != nil || got != want {
 			t.Errorf("%v\n%s\nwant\n%s", err, got, want)
 		}
 	}

@@ -130,6 +130,21 @@ func (p *policy) outcomes(c claims, images []string) iter.Seq[outcome] {
 	}
 }
 
+// strangers returns the rules that let in, without naming them, events for which
+// a stranger's code may run with a token that looks like main's.
+func (p *policy) strangers() (rules []string) {
+	for _, r := range p.rules {
+		for _, cond := range r.conditions {
+			if cond.claim == defaultCondition.claim && slices.ContainsFunc(cond.values, func(v pattern) bool {
+				return len(v) > 1 && (v.matches("pull_request_target") || v.matches("workflow_run"))
+			}) {
+				rules = append(rules, r.name)
+			}
+		}
+	}
+	return rules
+}
+
 // describe returns a line for each rule in force.
 func (p *policy) describe() []string {
 	var lines []string
@@ -171,19 +186,26 @@ func (r *rule) allows(c claims, image string) bool {
 // its author must not start.
 func parseRules(text string) ([]rule, error) {
 	decoder := yaml.NewDecoder(strings.NewReader(text))
-	var document yaml.Node
+	var document, second yaml.Node
 	if err := decoder.Decode(&document); err != nil && err != io.EOF {
-		return nil, errors.New(strings.Join(strings.Fields(err.Error()), " "))
+		// yaml's lines are those where the list or map began that it was in.
+		return nil, errors.New(strings.ReplaceAll(strings.Join(strings.Fields(err.Error()), " "), " line ", " near line "))
 	}
-	if err := decoder.Decode(new(yaml.Node)); err != io.EOF {
-		return nil, errors.New("more than one YAML document; expected one list of rules")
+	if err := decoder.Decode(&second); err == nil {
+		return nil, atLine(&second, "another YAML document; expected one list of rules")
+	} else if err != io.EOF {
+		return nil, errors.New("after the list of rules: " + strings.Join(strings.Fields(err.Error()), " "))
 	}
-	if len(document.Content) == 0 || document.Content[0].Kind != yaml.SequenceNode || len(document.Content[0].Content) == 0 {
-		return nil, errors.New(`no rules; expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`)
+	if len(document.Content) == 0 {
+		return nil, errors.New("no rules; " + expectedRules)
+	}
+	items, ok := list(document.Content[0])
+	if !ok || len(items) == 0 {
+		return nil, atLine(document.Content[0], "no rules; %s", expectedRules)
 	}
 	var rules []rule
-	for i, item := range document.Content[0].Content {
-		r, err := parseRule(target(item))
+	for i, item := range items {
+		r, err := parseRule(item)
 		if err != nil {
 			return nil, fmt.Errorf("rule %d, %w", i+1, err)
 		}
@@ -192,6 +214,8 @@ func parseRules(text string) ([]rule, error) {
 	}
 	return rules, nil
 }
+
+const expectedRules = `expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`
 
 // atLine is an error in a policy: where, and what is wrong there.
 func atLine(n *yaml.Node, format string, args ...any) error {
@@ -204,6 +228,12 @@ func target(n *yaml.Node) *yaml.Node {
 		return n.Alias
 	}
 	return n
+}
+
+// list returns what is in a list that has no tag of its own.
+func list(n *yaml.Node) (items []*yaml.Node, ok bool) {
+	n = target(n)
+	return n.Content, n.Kind == yaml.SequenceNode && n.ShortTag() == "!!seq"
 }
 
 func parseRule(item *yaml.Node) (r rule, err error) {
@@ -222,11 +252,14 @@ func parseRule(item *yaml.Node) (r rule, err error) {
 			return r, atLine(m.key, "unknown member %q; expected claims and images", m.name)
 		}
 	}
-	if claims == item || claims.Kind != yaml.MappingNode || len(claims.Content) == 0 {
-		return r, atLine(claims, "no claims; expected names with values, such as claims: {ref: refs/heads/main}")
+	if claims != item {
+		members, err = parseMap(claims)
 	}
-	if members, err = parseMap(claims); err != nil {
+	if err != nil {
 		return r, err
+	}
+	if claims == item || len(members) == 0 {
+		return r, atLine(claims, "no claims; expected names with values, such as claims: {ref: refs/heads/main}")
 	}
 	// A rule that does not name the event gets the default ones, even beside a
 	// rule that names others: to let pull requests restart preview images must
@@ -235,13 +268,16 @@ func parseRule(item *yaml.Node) (r rule, err error) {
 		r.conditions = append(r.conditions, defaultCondition)
 	}
 	for _, m := range members {
+		if err := checkName(m.name); err != nil {
+			return r, atLine(m.key, "%w", err)
+		}
 		patterns, err := parsePatterns("claim "+m.name, m.value, func(s string) error { return checkValue(m.name, s) })
 		if err != nil {
 			return r, err
 		}
 		r.conditions = append(r.conditions, condition{m.name, patterns})
 	}
-	if images == item || images.Kind != yaml.SequenceNode {
+	if _, ok := list(images); !ok || images == item {
 		return r, atLine(images, `no images; expected a list, such as images: ["ghcr.io/{repository}:dev"]`)
 	}
 	r.images, err = parsePatterns("images", images, checkImage)
@@ -254,13 +290,15 @@ type member struct {
 	key, value *yaml.Node
 }
 
-// parseMap returns the members of a map in their order; none if n is no map.
+// parseMap returns the members of a map in their order; none if n is no map, or
+// one with a tag of its own.
 func parseMap(n *yaml.Node) (members []member, err error) {
-	if n.Kind != yaml.MappingNode {
+	n = target(n)
+	if n.Kind != yaml.MappingNode || n.ShortTag() != "!!map" {
 		return nil, nil
 	}
 	for i := 0; i < len(n.Content); i += 2 {
-		m := member{key: target(n.Content[i]), value: target(n.Content[i+1])}
+		m := member{key: n.Content[i], value: n.Content[i+1]}
 		if m.name, err = parseString(m.key); err != nil {
 			return nil, atLine(m.key, "a name: %w", err)
 		}
@@ -274,15 +312,15 @@ func parseMap(n *yaml.Node) (members []member, err error) {
 
 // parsePatterns takes one string, or a list of them.
 func parsePatterns(what string, n *yaml.Node, check func(string) error) (patterns []pattern, err error) {
-	values := []*yaml.Node{n}
-	if n.Kind == yaml.SequenceNode {
-		values = n.Content
+	values, ok := list(n)
+	if !ok {
+		values = []*yaml.Node{n}
 	}
 	if len(values) == 0 {
 		return nil, atLine(n, "%s: an empty list; expected at least one value", what)
 	}
 	for _, value := range values {
-		s, err := parseString(target(value))
+		s, err := parseString(value)
 		if err == nil {
 			err = check(s)
 		}
@@ -295,6 +333,7 @@ func parsePatterns(what string, n *yaml.Node, check func(string) error) (pattern
 }
 
 func parseString(n *yaml.Node) (string, error) {
+	n = target(n)
 	switch {
 	case n.Kind != yaml.ScalarNode:
 		return "", errors.New("a list or map; expected a string")
@@ -326,12 +365,25 @@ func checkImage(s string) error {
 	return nil
 }
 
+// checkName refuses what no claim is called. GitHub may add claims, and names
+// repo_property_* after what an organisation calls its properties.
+func checkName(name string) error {
+	if !claimNameRE.MatchString(name) {
+		return fmt.Errorf("%q is no name of a claim", name)
+	}
+	known := strings.ReplaceAll(lowerASCII(name), "-", "_")
+	if _, ok := claimForms[known]; ok && name != known {
+		return fmt.Errorf("%q is no name of a claim; expected %s", name, known)
+	}
+	return nil
+}
+
 // checkValue refuses what the claim of that name can never be.
 func checkValue(name, s string) error {
-	if placeholderRE.MatchString(s) {
+	if bracesRE.MatchString(s) {
 		return fmt.Errorf("%q has a placeholder; expected one in images only", s)
 	}
-	if slices.Contains([]string{"aud", "exp", "iat", "nbf"}, name) {
+	if slices.Contains([]string{"iss", "aud", "exp", "iat", "nbf"}, name) {
 		return errors.New("cannot be matched; web checks it for every token")
 	}
 	if claim, ok := claimForms[name]; ok && !possible(newPattern(s), claim.form) {

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"go.yaml.in/yaml/v3"
 )
 
 // jobClaims are the claims of a push to main of acme/api, with changes; "-"
@@ -188,6 +190,7 @@ func TestTrustPolicy(t *testing.T) {
 		{"JSON", `[{"claims":{"ref":"refs/heads/main"},"images":["*"]}]`, nil, []string{"ghcr.io/a/b:c"}, ""},
 		{"comments and a document marker", "# who\n---\n" + designPolicy, nil, []string{"ghcr.io/acme/api:dev"}, ""},
 		{"on and no are text", "- claims: {environment: [on, no]}\n  images: ['*']", claims{"environment": "no"}, []string{"ghcr.io/a/b:c"}, ""},
+		{"anchors everywhere", "- &r\n  &i images: &l [&v 'ghcr.io/a/b:c']\n  claims: {&k ref: refs/heads/x}\n- *r\n- claims: {*k : refs/heads/main}\n  images: [*v]", nil, []string{"ghcr.io/a/b:c"}, ""},
 		{"anchors", "- claims: &main {ref: refs/heads/main}\n  images: ['ghcr.io/a/b:c']\n- claims: *main\n  images: ['ghcr.io/a/b:d']", nil, []string{"ghcr.io/a/b:d"}, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -229,12 +232,12 @@ func TestNewPolicyRefuses(t *testing.T) {
 
 		{"blank", acme, nil, " \n", "TRUST_POLICY (--trust-policy): no rules"},
 		{"only a comment", acme, nil, "# none yet", "TRUST_POLICY (--trust-policy): no rules"},
-		{"null", acme, nil, "null", "TRUST_POLICY (--trust-policy): no rules"},
-		{"empty list", acme, nil, "[]", "TRUST_POLICY (--trust-policy): no rules"},
-		{"a string", acme, nil, "deny", "TRUST_POLICY (--trust-policy): no rules"},
-		{"a map", acme, nil, "rules:\n- claims: {ref: refs/heads/main}", "TRUST_POLICY (--trust-policy): no rules"},
-		{"no YAML", acme, nil, "- claims: {environment: dev}\n  images: [", "TRUST_POLICY (--trust-policy): yaml: line 2"},
-		{"a tab", acme, nil, "- claims:\n\tref: x", "TRUST_POLICY (--trust-policy): yaml: line 2"},
+		{"null", acme, nil, "null", "TRUST_POLICY (--trust-policy): line 1: no rules"},
+		{"empty list", acme, nil, "[]", "TRUST_POLICY (--trust-policy): line 1: no rules"},
+		{"a string", acme, nil, "deny", "TRUST_POLICY (--trust-policy): line 1: no rules"},
+		{"a map", acme, nil, "rules:\n- claims: {ref: refs/heads/main}", "TRUST_POLICY (--trust-policy): line 1: no rules"},
+		{"no YAML", acme, nil, "- claims: {environment: dev}\n  images: [", "TRUST_POLICY (--trust-policy): yaml: near line 2"},
+		{"a tab", acme, nil, "- claims:\n\tref: x", "TRUST_POLICY (--trust-policy): yaml: near line 2"},
 		{"an unquoted placeholder", acme, nil, "- claims: {environment: dev}\n  images: [{repository}]", "rule 1, line 2: images: a list or map; expected a string"},
 		{"a control character in a value", acme, nil, claim(`environment: "\x800"`), "rule 2, line 3: claim environment: \"\\u00800\" has a control character"},
 		{"a line end in a value", acme, nil, claim(`environment: "dev\n"`), "has a control character"},
@@ -242,8 +245,8 @@ func TestNewPolicyRefuses(t *testing.T) {
 		{"a control character in an image", acme, nil, image(`"ghcr.io/acme/api:\x07*"`), "has a control character"},
 		{"a noncharacter", acme, nil, claim(`environment: "\uFFFE"`), "has a control character"},
 		{"an unknown anchor", acme, nil, "- claims: *x", "TRUST_POLICY (--trust-policy): yaml: unknown anchor"},
-		{"two documents", acme, nil, designPolicy + "---\n" + designPolicy, "more than one YAML document"},
-		{"something after the document", acme, nil, "[{claims: {environment: dev}, images: ['*']}] [x]", "more than one YAML document"},
+		{"two documents", acme, nil, designPolicy + "---\n" + designPolicy, "line 6: another YAML document"},
+		{"something after the document", acme, nil, "[{claims: {environment: dev}, images: ['*']}] [x]", "after the list of rules: yaml: "},
 		{"duplicate claims", acme, nil, "- claims: {environment: dev}\n  images: ['*']\n  claims: {environment: x}", `rule 1, line 3: "claims" is there twice`},
 		{"duplicate claim", acme, nil, claim("ref: refs/heads/a, ref: refs/heads/b"), `rule 2, line 3: "ref" is there twice`},
 
@@ -272,7 +275,7 @@ func TestNewPolicyRefuses(t *testing.T) {
 		{"a tag of its own", acme, nil, claim("environment: !x dev"), `rule 2, line 3: claim environment: "dev" is not a string`},
 		{"a merge key", acme, nil, claim("<<: {environment: dev}"), `rule 2, line 3: a name: "<<" is not a string`},
 		{"null value", acme, nil, claim("environment: "), "rule 2, line 3: claim environment: no value"},
-		{"no blank after the colon", acme, nil, claim("environment:"), "rule 2, line 3: claim environment:: no value"},
+		{"no blank after the colon", acme, nil, claim("environment:"), `rule 2, line 3: "environment:" is no name of a claim`},
 		{"tilde", acme, nil, claim("environment: [~]"), "rule 2, line 3: claim environment: no value"},
 		{"null event_name", acme, nil, claim("event_name: , ref: refs/heads/main"), "rule 2, line 3: claim event_name: no value"},
 		{"map as value", acme, nil, claim("environment: {a: b}"), "rule 2, line 3: claim environment: a list or map"},
@@ -305,6 +308,34 @@ func TestNewPolicyRefuses(t *testing.T) {
 		{"placeholder in itself", acme, nil, image("'ghcr.io/{{repository}}:dev'"), "has an unknown placeholder"},
 		{"star in a placeholder", acme, nil, image("'ghcr.io/{repo*}:dev'"), "has an unknown placeholder"},
 		{"the second of a list", acme, nil, image("'*', 'ghcr.io/a/b'"), `rule 2, line 4: images: "ghcr.io/a/b" can match no image`},
+		{"a tag on a rule", acme, nil, rules("- !deny {claims: {environment: dev}, images: ['*']}"), "rule 2, line 3: no claims"},
+		{"a tag on the list", acme, nil, "!disabled\n- claims: {environment: dev}\n  images: ['*']", "line 1: no rules"},
+		{"a tag on the claims", acme, nil, rules("- claims: !not {environment: dev}\n  images: ['*']"), "rule 2, line 3: no claims"},
+		{"a tag on values", acme, nil, claim("environment: !except [dev]"), "rule 2, line 3: claim environment: a list or map"},
+		{"a tag on images", acme, nil, rules("- claims: {environment: dev}\n  images: !none ['*']"), "rule 2, line 4: no images"},
+		{"null as the tag of a map", acme, nil, rules("- claims: !!null {environment: dev}\n  images: ['*']"), "rule 2, line 3: no claims"},
+		{"a binary", acme, nil, claim("environment: !!binary ZGV2"), `rule 2, line 3: claim environment: "ZGV2" is not a string`},
+		{"a second noncharacter", acme, nil, claim(`environment: "\uFFFF"`), "has a control character"},
+		{"no name", acme, nil, claim("'': x"), `rule 2, line 3: "" is no name of a claim`},
+		{"a star as name", acme, nil, claim("'*': x"), `rule 2, line 3: "*" is no name of a claim`},
+		{"a blank in a name", acme, nil, claim("'ref ': x"), `rule 2, line 3: "ref " is no name of a claim`},
+		{"a claim in upper case", acme, nil, claim("Ref: refs/heads/main"), `rule 2, line 3: "Ref" is no name of a claim; expected ref`},
+		{"a claim with a dash", acme, nil, claim("event-name: push"), `"event-name" is no name of a claim; expected event_name`},
+		{"iss", acme, nil, claim("iss: x"), "rule 2, line 3: claim iss: cannot be matched"},
+		{"another placeholder in a claim", acme, nil, claim("environment: '{env}'"), "rule 2, line 3: claim environment: \"{env}\" has a placeholder"},
+		{"ref_protected", acme, nil, claim("ref_protected: yes"), `rule 2, line 3: claim ref_protected: "yes" can match no token; expected "true" or "false"`},
+		{"ref_type", acme, nil, claim("ref_type: branches"), "rule 2, line 3: claim ref_type: "},
+		{"workflow_ref", acme, nil, claim("workflow_ref: deploy.yml"), "rule 2, line 3: claim workflow_ref: "},
+		{"repository_owner", acme, nil, claim("repository_owner: acme/api"), "rule 2, line 3: claim repository_owner: "},
+		{"repository with a blank", acme, nil, claim("repository: 'acme/a b'"), "rule 2, line 3: claim repository: "},
+		{"runner_environment", acme, nil, claim("runner_environment: hosted"), "rule 2, line 3: claim runner_environment: "},
+		{"repository_visibility", acme, nil, claim("repository_visibility: hidden"), "rule 2, line 3: claim repository_visibility: "},
+		{"ref without a name", acme, nil, claim("ref: refs/heads/"), "rule 2, line 3: claim ref: "},
+		{"ref of no kind", acme, nil, claim("ref: refs/main"), "rule 2, line 3: claim ref: "},
+		{"ref with a question mark", acme, nil, claim("ref: 'refs/heads/release/?'"), "rule 2, line 3: claim ref: "},
+		{"ref with a blank", acme, nil, claim("ref: 'refs/heads/main '"), "rule 2, line 3: claim ref: "},
+		{"the old host of Docker Hub", acme, nil, image("'index.docker.io/acme/api:dev'"), "rule 2, line 4: images: \"index.docker.io/acme/api:dev\" can match no image"},
+		{"an alias of a bad value", acme, nil, "- claims: {environment: &e dev}\n  images: ['*']\n- claims:\n    ref: *e\n  images: ['*']", `rule 2, line 4: claim ref: "dev" can match no token`},
 		{"far down", acme, nil, "# who\n" + rules("- claims:\n    environment: dev\n    # and\n    ref:\n    - refs/heads/main\n    - main\n  images: ['*']"), `rule 2, line 9: claim ref: "main" can match no token`},
 		{"an alias", acme, nil, "- claims: {environment: &e [dev, 1]}\n  images: ['*']\n- claims: {environment: *e}\n  images: ['*']", `rule 1, line 1: claim environment: "1" is not`},
 	} {
@@ -443,6 +474,44 @@ func FuzzPolicy(f *testing.F) {
 		}
 		if text == "" {
 			return
+		}
+		// A plain reading of the same text says no more and no less.
+		var plain []struct {
+			Claims map[string]any
+			Images []string
+		}
+		decoder := yaml.NewDecoder(strings.NewReader(text))
+		decoder.KnownFields(true)
+		if err := decoder.Decode(&plain); err != nil || len(plain) != len(p.rules) {
+			t.Fatalf("%d rules, plainly %d: %v", len(p.rules), len(plain), err)
+		}
+		for i, r := range p.rules {
+			read := map[string][]string{}
+			for _, cond := range r.conditions {
+				for _, value := range cond.values {
+					read[cond.claim] = append(read[cond.claim], value.String())
+				}
+			}
+			if _, named := plain[i].Claims["event_name"]; !named {
+				delete(read, "event_name")
+			}
+			said := map[string][]string{}
+			for name, value := range plain[i].Claims {
+				values, ok := value.([]any)
+				if !ok {
+					values = []any{value}
+				}
+				for _, v := range values {
+					said[name] = append(said[name], fmt.Sprint(v))
+				}
+			}
+			var images []string
+			for _, image := range r.images {
+				images = append(images, image.String())
+			}
+			if !reflect.DeepEqual(read, said) || !slices.Equal(images, plain[i].Images) {
+				t.Errorf("rule %d: read %q %q, plainly %q %q", i+1, read, images, said, plain[i].Images)
+			}
 		}
 		type written struct {
 			Claims map[string][]string `json:"claims"`

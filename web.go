@@ -37,7 +37,8 @@ type accepted struct {
 }
 
 // denial is an answer other than 202, and why. What the caller may know is in
-// answer; reason is for the log alone.
+// answer; reason is for the log alone, and repeats nothing of the request that
+// is not escaped and cut.
 type denial struct {
 	status int
 	answer string // "" for the bare denial that tells nothing
@@ -80,7 +81,9 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 
 	c, a, err := s.event(w, r)
 	if c != nil { // the token is GitHub's: say whose
-		log = log.With("repository", c["repository"], "event_name", c["event_name"], "ref", c["ref"], "run_id", c["run_id"])
+		for _, name := range []string{"repository", "event_name", "ref", "run_id"} {
+			log = log.With(name, escaped(c[name]))
+		}
 	}
 	log = log.With("duration", time.Since(start).String())
 	if err == nil {
@@ -96,11 +99,7 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 	if d.status >= http.StatusInternalServerError {
 		level = slog.LevelError
 	}
-	reason := d.reason.Error()
-	if d.status != http.StatusInternalServerError { // a bug is told in full
-		reason = cut(reason)
-	}
-	log.Log(r.Context(), level, "denied", "status", d.status, "reason", reason)
+	log.Log(r.Context(), level, "denied", "status", d.status, "reason", d.reason.Error())
 	d.write(w)
 }
 

@@ -262,6 +262,66 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// What the parser refuses, web refuses, and says so to an allowed job alone.
+func TestHostileBodies(t *testing.T) {
+	w := newTestWeb(t, "")
+	tried := 0
+	for _, tt := range requestBodies() {
+		part, wrong := strings.CutPrefix(tt.want, "!")
+		if !wrong {
+			continue
+		}
+		tried++
+		text, err := json.Marshal(part)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.expect(fmt.Sprintf("%.100q", tt.body), w.post(nil, tt.body), 400, `{"error":"`)
+		w.expect(fmt.Sprintf("%.100q", tt.body), w.post(nil, tt.body), 400, strings.Trim(string(text), `"`))
+		w.expect(fmt.Sprintf("%.100q", tt.body), w.post(map[string]any{"event_name": "pull_request"}, tt.body), 403, "access denied\n")
+	}
+	if tried < 50 {
+		t.Errorf("%d bodies", tried)
+	}
+}
+
+// Letters that Unicode folds to k and s.
+func TestLookAlikeOwners(t *testing.T) {
+	w := newTestWeb(t, "")
+	w.handler.(*web).policy = mustPolicy(t, []string{"kelvin", "sys"}, nil, "")
+	for _, owner := range []string{"\u212aelvin", "\u017fys", "sy\u017f"} {
+		w.expect(owner, w.post(map[string]any{"repository_owner": owner, "repository": owner + "/api"}, `{"image":"ghcr.io/acme/api:dev"}`), 403, "access denied\n")
+	}
+	w.expect("the owner itself", w.post(map[string]any{"repository_owner": "Kelvin", "repository": "Kelvin/api"}, `{"image":"ghcr.io/acme/api:dev"}`), 202, "ghcr.io/acme/api:dev")
+}
+
+// The log has all that decided, and nothing of the claims as a stranger wrote it.
+func TestDenialIsLogged(t *testing.T) {
+	var trust strings.Builder
+	for i := range 12 {
+		fmt.Fprintf(&trust, "- {claims: {environment: e%d}, images: ['*']}\n", i)
+	}
+	w := newTestWeb(t, trust.String())
+	ref := "refs/heads/\u202e\x1b[2J" + strings.Repeat("x", 4000)
+	w.expect("denied", w.post(map[string]any{"ref": ref}, `{"image":"ghcr.io/acme/api:dev"}`), 403, "access denied\n")
+	for line := range strings.Lines(w.logs.String()) {
+		if !strings.Contains(line, `"msg":"denied"`) {
+			continue
+		}
+		for _, part := range []string{`"repository":"acme/api"`, `"event_name":"push"`, `"run_id":"17123456789"`, `"ref":"refs/heads/\\u202e\\x1b[2Jxxx`, `"status":403`,
+			"rule 1: environment is absent", "rule 12: environment is absent"} {
+			if !strings.Contains(line, part) {
+				t.Errorf("the line has no %s:\n%s", part, line)
+			}
+		}
+		if strings.Contains(line, strings.Repeat("x", 300)) || strings.ContainsAny(line, "\u202e\x1b") {
+			t.Errorf("a claim is neither cut nor escaped:\n%s", line)
+		}
+		return
+	}
+	t.Error("the denial is not logged")
+}
+
 func TestValkeyAway(t *testing.T) {
 	w := newTestWeb(t, "")
 	w.valkey.Close()
@@ -571,67 +631,63 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// A proxy that keeps its connections gets an answer to each request that it has
-// sent on one: they are closed with an answer, not under a request.
-func TestDrainOfKeptConnections(t *testing.T) {
-	const rounds, connections = 5, 20
+// Whoever sends while web is being replaced gets an answer, until the word has
+// spread, and never a connection that is closed under the next request.
+func TestDrainUnderLoad(t *testing.T) {
+	t.Parallel()
 	log := slog.New(slog.DiscardHandler)
-	var dropped, answered atomic.Int64
+	front, err := listen("web", "127.0.0.1:0", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(2 * time.Millisecond)
+		io.WriteString(w, "done")
+	}), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stopping atomic.Bool
+	ops, err := listen("ops", "127.0.0.1:0", opsHandler(&stopping, nil), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
 	var all sync.WaitGroup
-	for range rounds {
-		front, err := listen("web", "127.0.0.1:0", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			time.Sleep(2 * time.Millisecond)
-			io.WriteString(w, "done")
-		}), log)
+	all.Go(func() {
+		if err := serveAll(ctx, ops, front, &stopping); err != nil {
+			t.Error(err)
+		}
+	})
+	var dropped, kept, answered atomic.Int64
+	request := func() {
+		conn, err := net.Dial("tcp", front.ln.Addr().String())
 		if err != nil {
-			t.Fatal(err)
+			dropped.Add(1)
+			return
 		}
-		var stopping atomic.Bool
-		ops, err := listen("ops", "127.0.0.1:0", opsHandler(&stopping, nil), log)
+		defer conn.Close()
+		io.WriteString(conn, "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 2\r\n\r\n{}")
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil {
-			t.Fatal(err)
+			dropped.Add(1)
+			return
 		}
-		ctx, cancel := context.WithCancel(t.Context())
-		all.Go(func() {
-			if err := serveAll(ctx, ops, front, &stopping); err != nil {
-				t.Error(err)
-			}
-		})
-		for range connections {
-			conn, err := net.Dial("tcp", front.ln.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			all.Go(func() {
-				defer conn.Close()
-				answers := bufio.NewReader(conn)
-				for {
-					if _, err := io.WriteString(conn, "POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 2\r\n\r\n{}"); err != nil {
-						dropped.Add(1)
-						return
-					}
-					resp, err := http.ReadResponse(answers, nil)
-					if err != nil {
-						dropped.Add(1)
-						return
-					}
-					io.Copy(io.Discard, resp.Body)
-					answered.Add(1)
-					if resp.Close {
-						return
-					}
-					time.Sleep(rand.N(4 * time.Millisecond))
-				}
-			})
+		if !resp.Close {
+			kept.Add(1)
 		}
+		answered.Add(1)
+	}
+	end := time.Now().Add(100*time.Millisecond + lameDuck/2)
+	for range 20 {
 		all.Go(func() {
-			time.Sleep(100 * time.Millisecond)
-			cancel()
+			for time.Now().Before(end) {
+				request()
+				time.Sleep(rand.N(4 * time.Millisecond))
+			}
 		})
 	}
+	time.Sleep(100 * time.Millisecond)
+	cancel()
 	all.Wait()
-	if dropped.Load() > 0 || answered.Load() < rounds*connections {
-		t.Errorf("%d requests were dropped, %d answered", dropped.Load(), answered.Load())
+	if dropped.Load() > 0 || kept.Load() > 0 || answered.Load() < 100 {
+		t.Errorf("%d requests were dropped, %d connections kept, %d answered", dropped.Load(), kept.Load(), answered.Load())
 	}
 }
 

@@ -768,9 +768,13 @@ func TestGitOpsAndTwoWorkers(t *testing.T) {
 	kube := newKubeAPI(t)
 	kube.create("a/api", spec{image: apiDev})
 	var n atomic.Int32
-	stripped := make(chan struct{})
+	both, stripped := make(chan struct{}), make(chan struct{})
 	kube.onPatch = func(patchCall) (int, http.Header) {
-		if n.Add(1) == 2 {
+		switch n.Add(1) {
+		case 1:
+			<-both
+		case 2:
+			close(both)
 			<-stripped
 		}
 		return 0, nil
@@ -779,7 +783,6 @@ func TestGitOpsAndTwoWorkers(t *testing.T) {
 	b := startWorkerOn(t, kube, a.valkey, valkeyConfig{Addr: a.valkey.Addr(), Channel: "krt"})
 	eventually(t, "both are ready", func() bool { return b.ready() == nil })
 	a.awaitRestart("a/api", a.publish(apiDev))
-	eventually(t, "both patch", func() bool { return n.Load() == 2 })
 	for _, w := range []*testWorker{a, b} {
 		eventually(t, "both have seen it", func() bool { return !w.cache.running(apiDev)[0].restarted.IsZero() })
 	}
