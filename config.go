@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/x509"
 	"errors"
 	"flag"
@@ -96,9 +97,10 @@ type option struct {
 	modes    mode
 	required mode // those of modes that cannot do without it
 	def      string
-	secret   bool // its value is never printed, errors included
-	long     bool // its value has lines, and errors name the line
-	boolean  bool // the flag may stand without a value
+	unset    string // what it means that there is no value; "" if there is nothing to say
+	secret   bool   // its value is never printed, errors included
+	long     bool   // its value has lines, and errors name the line
+	boolean  bool   // the flag may stand without a value
 	usage    string
 	set      func(c *config, value string) error
 }
@@ -121,7 +123,7 @@ var options = []option{
 		set: func(c *config, v string) error { c.Valkey.Password = v; return nil }},
 	{env: "VALKEY_TLS_ENABLED", modes: bothModes, def: "false", boolean: true, usage: "speak TLS to Valkey",
 		set: func(c *config, v string) error { return setBool(&c.Valkey.TLS, v) }},
-	{env: "VALKEY_TLS_CA_FILE", modes: bothModes, usage: "PEM file with the CA of Valkey's certificate (default: system roots)",
+	{env: "VALKEY_TLS_CA_FILE", modes: bothModes, unset: "system roots", usage: "PEM file with the CA of Valkey's certificate",
 		set: func(c *config, v string) error { return setRoots(&c.Valkey.TLSRoots, v) }},
 	{env: "VALKEY_CHANNEL", modes: bothModes, def: "kuberollouttrigger", usage: "PubSub channel; keys begin with it and a colon",
 		set: func(c *config, v string) error {
@@ -145,13 +147,13 @@ var options = []option{
 		}},
 	{env: "TRUST_POLICY", modes: webMode | explainMode, long: true, usage: "YAML rules that say which jobs may restart which images",
 		set: func(c *config, v string) (err error) { c.Web.TrustPolicy, err = parseRules(v); return err }},
-	{env: "KUBECONFIG", modes: workerMode, usage: "path of a kubeconfig (default: in-cluster)",
+	{env: "KUBECONFIG", modes: workerMode, unset: "in-cluster", usage: "path of a kubeconfig",
 		set: func(c *config, v string) error { c.Worker.Kubeconfig = v; return nil }},
-	{env: "WORKER_NAMESPACES", modes: workerMode, usage: "comma-separated namespaces to watch (default: all)",
+	{env: "WORKER_NAMESPACES", modes: workerMode, unset: "all", usage: "comma-separated namespaces to watch",
 		set: func(c *config, v string) error {
 			return setList(&c.Worker.Namespaces, v, namespaceRE, "namespaces separated by commas")
 		}},
-	{env: "WORKER_SELECTOR", modes: workerMode, usage: "label selector of the Deployments to watch (default: all)",
+	{env: "WORKER_SELECTOR", modes: workerMode, unset: "all", usage: "label selector of the Deployments to watch",
 		set: func(c *config, v string) error { return setSelector(&c.Worker.Selector, v) }},
 	{env: "WORKER_CATCH_UP", modes: workerMode, def: "1h", usage: "how far back missed requests are made up for; 0 for PubSub only, at most 24h",
 		set: func(c *config, v string) error { return setCatchUp(&c.Worker.CatchUp, v) }},
@@ -258,11 +260,9 @@ func printOptions(w io.Writer, m mode) {
 		if o.modes&m == 0 {
 			continue
 		}
-		def := o.def
+		def := cmp.Or(o.def, o.unset, "none")
 		if o.required&m != 0 {
 			def = "required"
-		} else if def == "" {
-			def = "none"
 		}
 		fmt.Fprintf(tw, "--%s\t%s\t%s\t%s\n", o.flagName(), o.env, def, o.usage)
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -152,7 +153,7 @@ func sorted(set map[string]bool) []string { return slices.Sorted(maps.Keys(set))
 func TestDocsOptionTable(t *testing.T) {
 	var want [][]string
 	for _, o := range options {
-		def := "none"
+		def := cmp.Or(o.unset, "none")
 		if o.required == o.modes {
 			def = "required"
 		} else if o.required != 0 {

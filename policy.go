@@ -277,7 +277,7 @@ func parseRule(item *yaml.Node) (r rule, err error) {
 		}
 		r.conditions = append(r.conditions, condition{m.name, patterns})
 	}
-	if _, ok := list(images); !ok || images == item {
+	if _, ok := list(images); !ok {
 		return r, atLine(images, `no images; expected a list, such as images: ["ghcr.io/{repository}:dev"]`)
 	}
 	r.images, err = parsePatterns("images", images, checkImage)

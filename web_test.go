@@ -447,6 +447,28 @@ func TestValkeyRefuses(t *testing.T) {
 	}
 }
 
+// web is ready only if it could record something.
+func TestReadyMeansWritable(t *testing.T) {
+	m, cfg := testValkey(t)
+	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pub.close)
+	if err := pub.ready(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if m.Exists("krt:requested") {
+		t.Error("the check recorded something")
+	}
+	if err := m.Set("krt:requested", "another program's"); err != nil {
+		t.Fatal(err)
+	}
+	if err := pub.ready(t.Context()); err == nil || !strings.Contains(err.Error(), "WRONGTYPE") {
+		t.Errorf("with a key of another type: %v", err)
+	}
+}
+
 // A Valkey that takes the connection and never answers must not hold the job.
 func TestValkeySilent(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

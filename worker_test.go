@@ -622,10 +622,19 @@ func TestClockWasAhead(t *testing.T) {
 		w.catchUpSoon()
 		eventually(t, "the clock is known", func() bool { return w.clock().Sub(to).Abs() < time.Minute })
 	}
+	const other = "ghcr.io/acme/paused:dev"
+	kube.create("a/paused", spec{image: other, paused: true})
 	set(time.Now().Add(40 * 24 * time.Hour))
+	w.publish(other)
 	w.awaitRestart("a/api", w.publish(apiDev))
 	set(time.Now())
 	w.awaitRestart("a/api", w.publish(apiDev))
+	kube.change("a/paused", func(o map[string]any) { delete(child(o, "spec"), "paused") })
+	w.settled()
+	if at := kube.restartedAt("a/paused"); at != "" {
+		t.Errorf("restarted at %s", at)
+	}
+	w.awaitRestart("a/paused", w.publish(other))
 }
 
 // The newer T wins, whatever order the two arrive in.
@@ -790,8 +799,10 @@ func TestGitOpsAndTwoWorkers(t *testing.T) {
 		delete(child(child(child(o, "spec"), "template"), "metadata"), "annotations")
 	})
 	close(stripped)
-	a.settled()
-	b.settled()
+	for _, w := range []*testWorker{a, b} {
+		eventually(t, "one was refused", func() bool { return a.logs.has("changed meanwhile") || b.logs.has("changed meanwhile") })
+		eventually(t, "and has looked again", func() bool { return w.queue.NumRequeues(types.NamespacedName{Namespace: "a", Name: "api"}) == 0 })
+	}
 	kube.mu.Lock()
 	defer kube.mu.Unlock()
 	if got := kube.applied["a/api"]; len(got) != 1 {
@@ -1071,6 +1082,21 @@ func TestForgetBoundsMemory(t *testing.T) {
 	defer w.mu.Unlock()
 	if _, ok := w.requests["ghcr.io/acme/web:dev"]; !ok || len(w.requests) != 1 {
 		t.Errorf("kept %v", w.requests)
+	}
+}
+
+// The record is read with the newest first, and no more of it than web keeps.
+func TestRecordedIsBounded(t *testing.T) {
+	w := startTestWorker(t, newKubeAPI(t))
+	now := time.Now().UnixMicro()
+	for i := range maxRecorded + 5 {
+		if _, err := w.valkey.ZAdd("krt:requested", float64(now-int64(i)), fmt.Sprintf("ghcr.io/acme/app-%d:dev", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	events, _, err := w.source.recorded(t.Context(), time.Hour)
+	if err != nil || len(events) != maxRecorded || events[0].RequestedAt != now || events[maxRecorded-1].RequestedAt != now-maxRecorded+1 {
+		t.Errorf("%d events, %v", len(events), err)
 	}
 }
 

@@ -143,7 +143,7 @@ func TestAPIServerKilled(t *testing.T) {
 		}
 		time.Sleep(rand.N(time.Second))
 	}
-	// Retries back off up to a minute.
+	// Retries back off up to 15 s.
 	g.verify(t, 75*time.Second)
 	worker.waitReady(t, 5*time.Second)
 }

@@ -48,7 +48,7 @@ func TestAPIServerInTrouble(t *testing.T) {
 		network.set(pass)
 		time.Sleep(200 * time.Millisecond)
 	}
-	// Retries back off up to a minute.
+	// Retries back off up to 15 s.
 	g.verify(t, 75*time.Second)
 }
 
@@ -309,7 +309,7 @@ func TestAbandonedConnection(t *testing.T) {
 	for _, image := range g.images {
 		g.ledger.pushOnce(t, c, image)
 	}
-	// HTTP/2 pings an idle connection after 30 s and waits 15 s.
+	// HTTP/2 pings an idle connection after 5 s and waits 5 s.
 	g.verify(t, 75*time.Second)
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"reflect"
 	"regexp"
@@ -417,6 +418,27 @@ func TestSIGTERM(t *testing.T) {
 		if code := one.exitCode(t, 15*time.Second); code != 0 {
 			t.Errorf("%s: exit code %d after SIGTERM, want 0", one.name, code)
 		}
+	}
+}
+
+// TestSecondSignal: the first one drains, the second one ends the process at once.
+func TestSecondSignal(t *testing.T) {
+	web := startWeb(t, startValkey(t).addr)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(web.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "POST /event HTTP/1.1\r\n") // holds up the drain for seconds
+	web.signal(syscall.SIGTERM)
+	web.waitNotReady(t, 5*time.Second)
+	if web.exited() {
+		t.Fatal("one signal ended it at once")
+	}
+	begun := time.Now()
+	web.signal(syscall.SIGTERM)
+	if code := web.exitCode(t, 10*time.Second); code != -1 || time.Since(begun) > 500*time.Millisecond {
+		t.Errorf("exit code %d after %s", code, time.Since(begun))
 	}
 }
 
