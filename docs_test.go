@@ -286,7 +286,9 @@ func TestDocsFigures(t *testing.T) {
 		fmt.Sprintf("and every %.0f seconds", catchUpEvery.Seconds()),
 		fmt.Sprintf("web serves %d connections at once", maxConnections),
 		fmt.Sprintf("has %.0f seconds for its headers and %.0f to arrive whole", server.ReadHeaderTimeout.Seconds(), server.ReadTimeout.Seconds()),
-		fmt.Sprintf("idle for %.0f seconds", server.IdleTimeout.Seconds()),
+		fmt.Sprintf("more than %d,%03d: web answers", maxRecorded/1000, maxRecorded%1000),
+		fmt.Sprintf("does not begin within %.0f seconds", requestLimit.Seconds()),
+		"retries take no more than half of `WORKER_CONCURRENCY`",
 		// net/http adds 4 KiB of its own to MaxHeaderBytes.
 		fmt.Sprintf("Headers of more than %d KiB, tokens of more than %d KiB and bodies of more than %d KiB", server.MaxHeaderBytes>>10+4, maxTokenBytes>>10, maxRequestBytes>>10),
 	} {

@@ -31,8 +31,8 @@ const (
 	// maxConnections bounds what an open port costs: memory, and requests in
 	// flight, since HTTP/1 has one on each connection. Further ones wait in the
 	// kernel until one of these is answered or slower than the timeouts of
-	// newServer. There are more than may publish at once, so that
-	// while Valkey is silent the others are told so at once.
+	// newServer. There are more than may publish at once, so that while Valkey is
+	// silent the others are told so at once.
 	maxConnections = 4 * maxPublishing
 	idleTimeout    = 15 * time.Second
 )

@@ -43,8 +43,8 @@ type condition struct {
 }
 
 // newPolicy takes GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and the rules of
-// TRUST_POLICY. Without a trust policy, every job of those organisations that runs for one of
-// the default events may ask for any image.
+// TRUST_POLICY. Without a trust policy, every job of those organisations that
+// runs for one of the default events may ask for any image.
 func newPolicy(orgs, ownerIDs []string, trust []rule) *policy {
 	p := &policy{ownerIDs: ownerIDs, rules: trust}
 	for _, org := range orgs {

@@ -80,8 +80,8 @@ func (r request) age(now, clock time.Time) time.Duration {
 
 // restartedSince says whether a restartedAt annotation proves a restart at or
 // after at. In exactly our form it was written by a worker, on Valkey's clock,
-// unless it is so far ahead that no worker writes it (tooFarAhead). Anything else came from somebody's own clock; one that is ahead proves
-// nothing.
+// unless it is so far ahead that no worker writes it (tooFarAhead). Anything
+// else came from somebody's own clock; one that is ahead proves nothing.
 func restartedSince(restartedAt string, at, clock time.Time) bool {
 	if own, ok := ownTime(restartedAt); ok {
 		return !own.Before(at) && !own.After(clock.Add(keepRecorded))

@@ -22,7 +22,7 @@ const (
 	minBackoff = 10 * time.Millisecond
 	maxBackoff = 15 * time.Second
 	// placeDelay is how long a retry waits that found no place.
-	placeDelay = 100 * time.Millisecond
+	placeDelay = 250 * time.Millisecond
 	// maxRetryAfter bounds what a Retry-After of the API server is believed.
 	maxRetryAfter = 5 * time.Minute
 
