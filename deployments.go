@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -137,6 +138,13 @@ func (d *deployment) image(ref string) (pinned bool, cachedBy string) {
 	return pinned, cachedBy
 }
 
+// runsMoreThan says whether d has an image that old does not have.
+func (d *deployment) runsMoreThan(old *deployment) bool {
+	return slices.ContainsFunc(d.images, func(c containerImage) bool {
+		return !slices.ContainsFunc(old.images, func(o containerImage) bool { return o.ref == c.ref && o.pinned == c.pinned })
+	})
+}
+
 // deploymentCache holds the Deployments of all scopes, indexed by image.
 type deploymentCache struct {
 	log *slog.Logger
@@ -258,12 +266,13 @@ func (c *deploymentCache) running(image string) []*deployment {
 	return ds
 }
 
-// put stores a record and says whether it is new or has just been resumed.
-// c.mu is held.
-func (c *deploymentCache) put(d *deployment) (appeared bool) {
+// put stores a record and says whether it is new or has just been resumed. After
+// a gap in the watch, as well whether it has come to run another image: that may
+// have been asked for since. c.mu is held.
+func (c *deploymentCache) put(d *deployment, gap bool) (appeared bool) {
 	key := d.key()
 	old := c.byKey[key]
-	appeared = old == nil || old.UID != d.UID || old.paused && !d.paused
+	appeared = old == nil || old.UID != d.UID || old.paused && !d.paused || gap && d.runsMoreThan(old)
 	if appeared {
 		d.known = c.now()
 	} else {
@@ -313,6 +322,7 @@ type scope struct {
 	selector  string
 	forbidden context.CancelCauseFunc // ends the cache's run
 	listed    bool                    // guarded by cache.mu
+	reopened  time.Time               // when a watch went on where one had ended; guarded by cache.mu
 }
 
 // listWatch reduces Deployments to records as they arrive, a page or an event
@@ -360,6 +370,9 @@ func (s *scope) listWatch() cache.ListerWatcher {
 			listing := o.SendInitialEvents != nil && *o.SendInitialEvents
 			if !listing {
 				s.live(w)
+				s.cache.mu.Lock()
+				s.reopened = s.cache.now()
+				s.cache.mu.Unlock()
 			}
 			silent := time.AfterFunc(watchSilence, w.Stop)
 			return watch.Filter(w, func(e watch.Event) (watch.Event, bool) {
@@ -427,7 +440,7 @@ func (s *scope) Update(obj any) error {
 		return fmt.Errorf("watch of deployments brought a %T", obj)
 	}
 	s.cache.mu.Lock()
-	appeared := s.cache.put(d)
+	appeared := s.cache.put(d, s.cache.now().Sub(s.reopened) < watchDelay)
 	s.cache.mu.Unlock()
 	s.cache.observed(d, appeared)
 	return nil
@@ -457,7 +470,7 @@ func (s *scope) Replace(items []any, _ string) error {
 			return fmt.Errorf("list of deployments brought a %T", item)
 		}
 		listed[d.key()] = struct{}{}
-		appeared[i] = c.put(d)
+		appeared[i] = c.put(d, true)
 	}
 	for key := range c.byKey {
 		if _, ok := listed[key]; !ok && (s.namespace == "" || s.namespace == key.Namespace) {

@@ -833,6 +833,60 @@ func TestDeafWatch(t *testing.T) {
 	}
 }
 
+// A Deployment that came to run the image while the watch was blind was not
+// offered the request. It gets its restart when the watch goes on, or after a
+// new list; with a watch that is well, a new image alone restarts nothing.
+func TestNewImageDuringAGap(t *testing.T) {
+	t.Parallel()
+	const other = "ghcr.io/acme/other:dev"
+	run := func(image string) func(map[string]any) {
+		return func(o map[string]any) {
+			child(child(child(o, "spec"), "template"), "spec")["containers"] = []any{map[string]any{"name": "main", "image": image, "imagePullPolicy": "Always"}}
+		}
+	}
+	start := func() (*kubeAPI, *testWorker) {
+		kube := newKubeAPI(t)
+		kube.create("a/api", spec{image: apiDev})
+		kube.create("a/other", spec{image: "ghcr.io/acme/other:v1"})
+		return kube, startTestWorker(t, kube)
+	}
+	for name, end := range map[string]func(kube *kubeAPI, w *testWorker){
+		"a new list":        func(kube *kubeAPI, _ *testWorker) { kube.breakWatches() },
+		"the watch goes on": func(_ *kubeAPI, w *testWorker) { w.publish(apiDev) }, // which shows that it is dead
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			kube, w := start()
+			var watchers map[chan watchEvent]string
+			kube.mu.Lock()
+			watchers, kube.watchers = kube.watchers, map[chan watchEvent]string{}
+			kube.mu.Unlock()
+			kube.change("a/other", run(other))
+			at := w.publish(other)
+			eventually(t, "it was heard", func() bool { return w.logs.has(`"msg":"requested"`, at) })
+			if name == "a new list" {
+				kube.mu.Lock()
+				kube.watchers = watchers
+				kube.mu.Unlock()
+			}
+			end(kube, w)
+			w.awaitRestart("a/other", at)
+		})
+	}
+	t.Run("no gap", func(t *testing.T) {
+		t.Parallel()
+		kube, w := start()
+		at := w.publish(other)
+		eventually(t, "it was heard", func() bool { return w.logs.has(`"msg":"requested"`, at) })
+		kube.change("a/other", run(other))
+		eventually(t, "the cache knows", func() bool { return len(w.cache.running(other)) == 1 })
+		w.settled()
+		if at := kube.restartedAt("a/other"); at != "" {
+			t.Errorf("restarted at %s", at)
+		}
+	})
+}
+
 // One that does is left alone.
 func TestHealthyWatch(t *testing.T) {
 	t.Parallel()
