@@ -274,6 +274,14 @@ func (r *recorder) waitRestartedAt(t testing.TB, within time.Duration, d deploym
 // mustNotChange checks that the Deployment keeps its generation for a while.
 func (r *recorder) mustNotChange(t testing.TB, d deployment, during time.Duration) {
 	t.Helper()
+	// What the test itself has changed is seen before it counts.
+	generation := d.get(t).GetGeneration()
+	eventually(t, 5*time.Second, "the recorder has seen "+d.key()+" as it is", func() error {
+		if steps := r.of(d); len(steps) == 0 || steps[len(steps)-1].generation < generation {
+			return fmt.Errorf("generation %d is not among %s", generation, describe(steps))
+		}
+		return nil
+	})
 	before := len(r.of(d))
 	time.Sleep(during)
 	if err := r.err(); err != nil {

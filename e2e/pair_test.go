@@ -225,18 +225,19 @@ func TestWhereImagesAre(t *testing.T) {
 	inInit.initImages, inVolume.volumeImages = []string{image}, []string{image}
 	shortName := p.app("short", short)
 	pinned := p.app("pinned", image+"@sha256:"+strings.Repeat("a", 64))
-	createAll(t, []deployment{inContainer, inSecond, inInit, inVolume, shortName, pinned})
+	createAll(t, []deployment{inContainer, inSecond, inInit, inVolume, pinned, shortName})
 	r := record(t, p.namespace)
 
-	at := c.mustPush(t, image)
+	// Once the last of them is restarted, worker knows them all.
+	full := "docker.io/library/" + short + ":latest"
+	at := c.mustPush(t, full)
+	r.waitRestartedAt(t, 10*time.Second, shortName, stamp(at))
+
+	at = c.mustPush(t, image)
 	for _, d := range []deployment{inContainer, inSecond, inInit, inVolume} {
 		r.waitRestartedAt(t, 10*time.Second, d, stamp(at))
 	}
 	p.worker.waitLogged(t, 5*time.Second, "msg", "not restarted", "deployment", pinned.name, "reason", "pinned by digest")
-
-	full := "docker.io/library/" + short + ":latest"
-	at = c.mustPush(t, full)
-	r.waitRestartedAt(t, 10*time.Second, shortName, stamp(at))
 
 	for _, d := range []deployment{inContainer, inSecond, inInit, inVolume, shortName} {
 		if got := r.restarts(d); got != 1 {
