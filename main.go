@@ -152,6 +152,25 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
+// sanitize makes text from outside fit for a line of a log or an error:
+// printable ASCII as it is, anything else escaped, and at most 200 bytes of it.
+func sanitize(s string) string {
+	const limit = 200
+	text, rest := s, ""
+	if len(s) > limit {
+		text, rest = s[:limit], "..."
+	}
+	var b strings.Builder
+	for _, r := range text {
+		if ' ' <= r && r <= '~' {
+			b.WriteRune(r)
+		} else {
+			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
+		}
+	}
+	return b.String() + rest
+}
+
 func runWeb(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	cfg, log, help, err := configure(webMode, args, getenv, stdout, stderr)
 	if err != nil || help {

@@ -270,12 +270,6 @@ func (c claims) shown(name string) string {
 	return "absent or not a string"
 }
 
-// escaped is a stranger's text as a value in the log.
-func escaped(s string) string {
-	q := strconv.QuoteToASCII(cut(s))
-	return q[1 : len(q)-1]
-}
-
 // quoted makes a stranger's text fit for a log line: escaped and cut.
 func quoted(s string) string {
 	const most = 100

@@ -82,7 +82,7 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 	c, a, err := s.event(w, r)
 	if c != nil { // the token is GitHub's: say whose
 		for _, name := range []string{"repository", "event_name", "ref", "run_id"} {
-			log = log.With(name, escaped(c[name]))
+			log = log.With(name, sanitize(c[name]))
 		}
 	}
 	log = log.With("duration", time.Since(start).String())
