@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"kuberollouttrigger/internal/fake"
 )
 
 func TestDevOnce(t *testing.T) {
@@ -34,13 +36,13 @@ func TestDevOnce(t *testing.T) {
 // With KUBECONFIG and VALKEY_ADDR it uses what is there.
 func TestDevOnAClusterOfOnesOwn(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/web", spec{image: "ghcr.io/acme/web:main"})
-	kube.client() // writes the kubeconfig
+	kube.Create("a/web", fake.Spec{Image: "ghcr.io/acme/web:main"})
+	kube.PagedOnly = false // dev looks at the outcome
 	m, cfg := testValkey(t)
-	vars := env(map[string]string{"KUBECONFIG": kube.kubeconfig, "VALKEY_ADDR": cfg.Addr, "VALKEY_CHANNEL": cfg.Channel})
+	vars := env(map[string]string{"KUBECONFIG": kube.Kubeconfig(t.TempDir()), "VALKEY_ADDR": cfg.Addr, "VALKEY_CHANNEL": cfg.Channel})
 	var out, logs bytes.Buffer
 	err := run(t.Context(), []string{"dev", "--once"}, vars, &out, &logs)
-	if err == nil || !strings.Contains(err.Error(), "nothing was restarted") || len(kube.patchesOf("")) > 0 {
+	if err == nil || !strings.Contains(err.Error(), "nothing was restarted") || len(kube.Patches("")) > 0 {
 		t.Errorf("no Deployment runs the image: %v\n%s", err, &out)
 	}
 	if want := "  " + cfg.Addr + ", as VALKEY_ADDR says\n"; !strings.Contains(out.String(), want) {
@@ -54,15 +56,15 @@ func TestDevOnAClusterOfOnesOwn(t *testing.T) {
 	}
 	out.Reset()
 	err = run(t.Context(), []string{"dev", "--once", "--image", "ghcr.io/acme/web:main", "--repository", "acme/web"}, vars, &out, &logs)
-	if err != nil || kube.restartedAt("a/web") == "" {
+	if err != nil || kube.RestartedAt("a/web") == "" {
 		t.Errorf("%v\n%s%s", err, &out, &logs)
 	}
 }
 
 // ownCluster is the environment of dev with KUBECONFIG, and vars.
-func ownCluster(kube *kubeAPI, vars map[string]string) func(string) string {
-	kube.client() // writes the kubeconfig
-	vars["KUBECONFIG"] = kube.kubeconfig
+func ownCluster(t *testing.T, kube *fake.KubernetesAPI, vars map[string]string) func(string) string {
+	kube.PagedOnly = false // dev looks at the outcome
+	vars["KUBECONFIG"] = kube.Kubeconfig(t.TempDir())
 	return env(vars)
 }
 
@@ -70,11 +72,11 @@ func ownCluster(kube *kubeAPI, vars map[string]string) func(string) string {
 func TestDevScope(t *testing.T) {
 	kube := newKubeAPI(t)
 	for _, namespace := range []string{"a", "b", "c"} {
-		kube.create(namespace+"/api", spec{image: apiDev})
+		kube.Create(namespace+"/api", fake.Spec{Image: apiDev})
 	}
-	kube.forbid = func(_, namespace string) bool { return namespace != "a" && namespace != "c" }
-	kube.selector = "team=payments"
-	vars := ownCluster(kube, map[string]string{"WORKER_NAMESPACES": "a,c", "WORKER_SELECTOR": kube.selector})
+	kube.Forbid = func(_, namespace string) bool { return namespace != "a" && namespace != "c" }
+	kube.Selector = "team=payments"
+	vars := ownCluster(t, kube, map[string]string{"WORKER_NAMESPACES": "a,c", "WORKER_SELECTOR": kube.Selector})
 	var out, logs bytes.Buffer
 	err := run(t.Context(), []string{"dev", "--once"}, vars, &out, &logs)
 	if err != nil || !strings.Contains(out.String(), " a/api ") || !strings.Contains(out.String(), " c/api ") || strings.Contains(out.String(), "b/api") {
@@ -85,11 +87,11 @@ func TestDevScope(t *testing.T) {
 // Of a big cluster, only what runs the image is of interest.
 func TestDevOtherImages(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
-	kube.create("a/nginx", spec{image: "nginx"})
-	kube.create("b/redis", spec{image: "redis"})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.Create("a/nginx", fake.Spec{Image: "nginx"})
+	kube.Create("b/redis", fake.Spec{Image: "redis"})
 	var out, logs bytes.Buffer
-	err := run(t.Context(), []string{"dev", "--once"}, ownCluster(kube, map[string]string{}), &out, &logs)
+	err := run(t.Context(), []string{"dev", "--once"}, ownCluster(t, kube, map[string]string{}), &out, &logs)
 	if err != nil || !strings.Contains(out.String(), " a/api ") || !strings.Contains(out.String(), " 2 with other images ") ||
 		strings.Contains(out.String(), "nginx") || strings.Contains(out.String(), "redis") {
 		t.Errorf("%v\n%s%s", err, &out, &logs)
@@ -100,11 +102,11 @@ func TestDevOtherImages(t *testing.T) {
 // the API server.
 func TestDevOutOfTime(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
-	kube.onPatch = func(patchCall) (int, http.Header) { return http.StatusInternalServerError, nil }
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { return http.StatusInternalServerError, nil }
 	ctx, cancel := context.WithCancel(t.Context())
 	var first time.Time
-	kube.forbid = func(verb, _ string) bool { // worker itself does not list
+	kube.Forbid = func(verb, _ string) bool { // worker itself does not list
 		if verb == "list" && first.IsZero() {
 			first = time.Now()
 		} else if verb == "list" {
@@ -116,7 +118,7 @@ func TestDevOutOfTime(t *testing.T) {
 		return false
 	}
 	var out, logs bytes.Buffer
-	err := run(ctx, []string{"dev", "--once"}, ownCluster(kube, map[string]string{}), &out, &logs)
+	err := run(ctx, []string{"dev", "--once"}, ownCluster(t, kube, map[string]string{}), &out, &logs)
 	if err == nil || err.Error() != "nothing was restarted" || !strings.Contains(out.String(), "not restarted yet") {
 		t.Errorf("%v\n%s%s", err, &out, &logs)
 	}

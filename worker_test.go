@@ -19,6 +19,8 @@ import (
 	"github.com/alicebob/miniredis/v2"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"kuberollouttrigger/internal/fake"
 )
 
 const apiDev = "ghcr.io/acme/api:dev"
@@ -59,7 +61,7 @@ func (b *logBuffer) has(parts ...string) bool {
 type testWorker struct {
 	*worker
 	t      *testing.T
-	kube   *kubeAPI
+	kube   *fake.KubernetesAPI
 	valkey *miniredis.Miniredis
 	logs   *logBuffer
 	pub    *publisher
@@ -73,7 +75,7 @@ func testValkey(t *testing.T) (*miniredis.Miniredis, valkeyConfig) {
 	return m, valkeyConfig{Addr: m.Addr(), Channel: "krt"}
 }
 
-func startTestWorker(t *testing.T, kube *kubeAPI, adjust ...func(*workerConfig)) *testWorker {
+func startTestWorker(t *testing.T, kube *fake.KubernetesAPI, adjust ...func(*workerConfig)) *testWorker {
 	t.Helper()
 	m, cfg := testValkey(t)
 	w := startWorkerOn(t, kube, m, cfg, adjust...)
@@ -81,7 +83,7 @@ func startTestWorker(t *testing.T, kube *kubeAPI, adjust ...func(*workerConfig))
 	return w
 }
 
-func startWorkerOn(t *testing.T, kube *kubeAPI, m *miniredis.Miniredis, cfg valkeyConfig, adjust ...func(*workerConfig)) *testWorker {
+func startWorkerOn(t *testing.T, kube *fake.KubernetesAPI, m *miniredis.Miniredis, cfg valkeyConfig, adjust ...func(*workerConfig)) *testWorker {
 	t.Helper()
 	logs := &logBuffer{}
 	log := slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -103,7 +105,7 @@ func startWorkerOn(t *testing.T, kube *kubeAPI, m *miniredis.Miniredis, cfg valk
 	}
 	w := &testWorker{t: t, kube: kube, valkey: m, logs: logs, pub: pub}
 	now := func() time.Time { return time.Now().Add(time.Duration(w.passed.Load())) }
-	w.worker = newWorker(wc, prefixes, kube.client(), source, log, now)
+	w.worker = newWorker(wc, prefixes, kubeClient(t, kube), source, log, now)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.run(ctx) }()
@@ -142,13 +144,13 @@ func (w *testWorker) publish(images ...string) string {
 
 func (w *testWorker) awaitRestart(key, at string) {
 	w.t.Helper()
-	eventually(w.t, key+" has restartedAt "+at, func() bool { return w.kube.restartedAt(key) == at })
+	eventually(w.t, key+" has restartedAt "+at, func() bool { return w.kube.RestartedAt(key) == at })
 }
 
 // settled waits until the worker has nothing left to do.
 func (w *testWorker) settled() {
 	w.t.Helper()
-	w.kube.create("ghcr-probe/probe", spec{image: "ghcr.io/acme/probe:dev"})
+	w.kube.Create("ghcr-probe/probe", fake.Spec{Image: "ghcr.io/acme/probe:dev"})
 	eventually(w.t, "the probe is known", func() bool { return len(w.cache.running("ghcr.io/acme/probe:dev")) == 1 })
 	w.awaitRestart("ghcr-probe/probe", w.publish("ghcr.io/acme/probe:dev"))
 	eventually(w.t, "the queue is empty", func() bool { return w.queue.Len() == 0 })
@@ -156,13 +158,13 @@ func (w *testWorker) settled() {
 
 func TestRestartsWhatRunsTheImage(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/container", spec{image: apiDev})
-	kube.create("b/init", spec{image: "nginx", init: apiDev})
-	kube.create("c/volume", spec{image: "nginx", volume: apiDev})
-	kube.create("d/other-tag", spec{image: "ghcr.io/acme/api:main"})
-	kube.create("d/other-name", spec{image: "ghcr.io/acme/api-gateway:dev"})
-	kube.create("d/pinned", spec{image: apiDev + "@sha256:" + strings.Repeat("a", 64)})
-	kube.create("d/deleting", spec{image: apiDev, deleting: true})
+	kube.Create("a/container", fake.Spec{Image: apiDev})
+	kube.Create("b/init", fake.Spec{Image: "nginx", Init: apiDev})
+	kube.Create("c/volume", fake.Spec{Image: "nginx", Volume: apiDev})
+	kube.Create("d/other-tag", fake.Spec{Image: "ghcr.io/acme/api:main"})
+	kube.Create("d/other-name", fake.Spec{Image: "ghcr.io/acme/api-gateway:dev"})
+	kube.Create("d/pinned", fake.Spec{Image: apiDev + "@sha256:" + strings.Repeat("a", 64)})
+	kube.Create("d/deleting", fake.Spec{Image: apiDev, Deleting: true})
 	w := startTestWorker(t, kube)
 
 	at := w.publish(apiDev)
@@ -170,18 +172,18 @@ func TestRestartsWhatRunsTheImage(t *testing.T) {
 		w.awaitRestart(key, at)
 	}
 	w.settled()
-	for _, call := range kube.patchesOf("") {
-		if strings.HasPrefix(call.key, "d/") {
-			t.Errorf("%s was patched: %s", call.key, call.body)
+	for _, call := range kube.Patches("") {
+		if strings.HasPrefix(call.Key, "d/") {
+			t.Errorf("%s was patched: %s", call.Key, call.Body)
 		}
 	}
-	calls := kube.patchesOf("a/container")
+	calls := kube.Patches("a/container")
 	if len(calls) != 1 {
 		t.Fatalf("a/container was patched %d times", len(calls))
 	}
 	want := `{"metadata":{"resourceVersion":"101"},"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"` + at + `"}}}}}`
-	if calls[0].body != want || calls[0].query != "fieldManager=kuberollouttrigger" {
-		t.Errorf("patch ?%s\n got %s\nwant %s", calls[0].query, calls[0].body, want)
+	if calls[0].Body != want || calls[0].Query != "fieldManager=kuberollouttrigger" {
+		t.Errorf("patch ?%s\n got %s\nwant %s", calls[0].Query, calls[0].Body, want)
 	}
 	for _, reason := range []string{"pinned by digest", "being deleted"} {
 		if !w.logs.has(`"msg":"not restarted"`, reason, `"image":"`+apiDev+`"`, at) {
@@ -197,7 +199,7 @@ func TestRestartsWhatRunsTheImage(t *testing.T) {
 func TestManyDeployments(t *testing.T) {
 	kube := newKubeAPI(t)
 	for i := range 100 {
-		kube.create(fmt.Sprintf("a/api-%d", i), spec{image: apiDev})
+		kube.Create(fmt.Sprintf("a/api-%d", i), fake.Spec{Image: apiDev})
 	}
 	w := startTestWorker(t, kube)
 	at := w.publish(apiDev)
@@ -208,9 +210,9 @@ func TestManyDeployments(t *testing.T) {
 
 func TestCanonicalMatching(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/short", spec{image: "nginx"})
-	kube.create("a/host", spec{image: "docker.io/nginx:latest"})
-	kube.create("a/index", spec{image: "index.docker.io/library/nginx"})
+	kube.Create("a/short", fake.Spec{Image: "nginx"})
+	kube.Create("a/host", fake.Spec{Image: "docker.io/nginx:latest"})
+	kube.Create("a/index", fake.Spec{Image: "index.docker.io/library/nginx"})
 	w := startTestWorker(t, kube)
 	w.prefixes = imagePrefixes{"docker.io/library"}
 	at := w.publish("docker.io/library/nginx:latest")
@@ -221,7 +223,7 @@ func TestCanonicalMatching(t *testing.T) {
 
 func TestPullPolicyWarning(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/cached", spec{image: apiDev, policy: "IfNotPresent"})
+	kube.Create("a/cached", fake.Spec{Image: apiDev, Policy: "IfNotPresent"})
 	w := startTestWorker(t, kube)
 	w.awaitRestart("a/cached", w.publish(apiDev))
 	eventually(t, "the warning is logged", func() bool {
@@ -231,15 +233,15 @@ func TestPullPolicyWarning(t *testing.T) {
 
 func TestPausedIsDeferred(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/paused", spec{image: apiDev, paused: true})
+	kube.Create("a/paused", fake.Spec{Image: apiDev, Paused: true})
 	w := startTestWorker(t, kube)
 	at := w.publish(apiDev)
 	eventually(t, "the pause is logged", func() bool { return w.logs.has(`"msg":"not restarted"`, `"reason":"paused"`, at) })
 	w.settled()
-	if n := len(kube.patchesOf("a/paused")); n != 0 {
+	if n := len(kube.Patches("a/paused")); n != 0 {
 		t.Fatalf("a paused Deployment was patched %d times", n)
 	}
-	kube.change("a/paused", func(o map[string]any) { child(o, "spec")["paused"] = false })
+	kube.Change("a/paused", func(o map[string]any) { child(o, "spec")["paused"] = false })
 	w.awaitRestart("a/paused", at)
 }
 
@@ -250,22 +252,22 @@ func TestNewToTheCache(t *testing.T) {
 	at := w.publish(apiDev)
 	eventually(t, "the request is known", func() bool { return w.logs.has(`"msg":"requested"`, at) })
 
-	kube.create("a/seen-late", spec{image: apiDev, created: time.Now().Add(-time.Hour)})
+	kube.Create("a/seen-late", fake.Spec{Image: apiDev, Created: time.Now().Add(-time.Hour)})
 	w.awaitRestart("a/seen-late", at)
 
-	kube.create("a/created-later", spec{image: apiDev, created: time.Now().Add(2 * time.Minute)})
+	kube.Create("a/created-later", fake.Spec{Image: apiDev, Created: time.Now().Add(2 * time.Minute)})
 	w.settled()
-	if n := len(kube.patchesOf("a/created-later")); n != 0 {
+	if n := len(kube.Patches("a/created-later")); n != 0 {
 		t.Errorf("a Deployment created after the request was patched %d times", n)
 	}
 
 	// A watch that was broken is made up for by the relist.
-	kube.changeUnseen(func() {
-		kube.store("a/unseen", spec{image: apiDev}.object("a/unseen", "u"), "ADDED")
-		kube.store("a/seen-late", spec{image: apiDev}.object("a/seen-late", "another uid"), "ADDED")
-		kube.store("a/created-later", kube.objects["a/created-later"], "DELETED")
+	kube.ChangeUnseen(func() {
+		kube.Create("a/unseen", fake.Spec{Image: apiDev})
+		kube.Create("a/seen-late", fake.Spec{Image: apiDev})
+		kube.Delete("a/created-later")
 	})
-	kube.breakWatches()
+	kube.BreakWatches()
 	w.awaitRestart("a/unseen", at)
 	w.awaitRestart("a/seen-late", at)
 	if d := w.cache.get(types.NamespacedName{Namespace: "a", Name: "created-later"}); d != nil {
@@ -277,10 +279,10 @@ func TestNewToTheCache(t *testing.T) {
 // also if it takes several tries and the Deployment changes meanwhile.
 func TestRetryKeepsTheRule(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev, created: time.Now().Add(time.Hour)}) // by an API server's clock
+	kube.Create("a/api", fake.Spec{Image: apiDev, Created: time.Now().Add(time.Hour)}) // by an API server's clock
 	var fails atomic.Bool
 	fails.Store(true)
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		if fails.Load() {
 			return 500, nil
 		}
@@ -288,8 +290,8 @@ func TestRetryKeepsTheRule(t *testing.T) {
 	}
 	w := startTestWorker(t, kube)
 	at := w.publish(apiDev)
-	eventually(t, "it was tried", func() bool { return len(kube.patchesOf("a/api")) > 0 })
-	kube.change("a/api", func(o map[string]any) { o["status"] = map[string]any{"replicas": 1} })
+	eventually(t, "it was tried", func() bool { return len(kube.Patches("a/api")) > 0 })
+	kube.Change("a/api", func(o map[string]any) { o["status"] = map[string]any{"replicas": 1} })
 	eventually(t, "the cache has the change", func() bool { return w.cache.running(apiDev)[0].ResourceVersion == "102" })
 	fails.Store(false)
 	w.awaitRestart("a/api", at)
@@ -301,10 +303,10 @@ func TestRetryKeepsTheRule(t *testing.T) {
 func TestNewestOfSeveralWhileItFails(t *testing.T) {
 	kube := newKubeAPI(t)
 	const initDev, webDev = "ghcr.io/acme/init:dev", "ghcr.io/acme/web:dev"
-	kube.create("a/api", spec{image: apiDev, init: initDev, volume: webDev + "@sha256:" + strings.Repeat("a", 64)})
+	kube.Create("a/api", fake.Spec{Image: apiDev, Init: initDev, Volume: webDev + "@sha256:" + strings.Repeat("a", 64)})
 	var fails atomic.Bool
 	fails.Store(true)
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		if fails.Load() {
 			return 500, nil
 		}
@@ -319,9 +321,7 @@ func TestNewestOfSeveralWhileItFails(t *testing.T) {
 	fails.Store(false)
 	w.awaitRestart("a/api", formatTime(now-1))
 	w.settled()
-	kube.mu.Lock()
-	defer kube.mu.Unlock()
-	if applied := kube.applied["a/api"]; len(applied) != 1 {
+	if applied := kube.Applied("a/api"); len(applied) != 1 {
 		t.Errorf("restarted at %v", applied)
 	}
 }
@@ -330,33 +330,26 @@ func TestNewestOfSeveralWhileItFails(t *testing.T) {
 // and not when the watch is broken and the catch-up is read again.
 func TestGitOpsIsNotFought(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	w := startTestWorker(t, kube)
 	w.awaitRestart("a/api", w.publish(apiDev))
-	kube.change("a/api", func(o map[string]any) {
+	kube.Change("a/api", func(o map[string]any) {
 		delete(child(child(child(o, "spec"), "template"), "metadata"), "annotations")
 	})
-	kube.mu.Lock()
-	lists := kube.lists + len(kube.watchers)
-	kube.mu.Unlock()
-	kube.breakWatches()
-	eventually(t, "the watch is back", func() bool {
-		kube.mu.Lock()
-		defer kube.mu.Unlock()
-		return lists > 0 && len(kube.watchers) > 0
-	})
+	kube.BreakWatches()
+	eventually(t, "the watch is back", func() bool { return kube.Watchers() > 0 })
 	w.catchUpSoon()
 	w.settled()
-	if n := len(kube.patchesOf("a/api")); n != 1 {
+	if n := len(kube.Patches("a/api")); n != 1 {
 		t.Errorf("patched %d times instead of once", n)
 	}
 }
 
 func TestCatchUp(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
-	kube.create("a/web", spec{image: "ghcr.io/acme/web:dev"})
-	kube.create("a/nginx", spec{image: "nginx"})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.Create("a/web", fake.Spec{Image: "ghcr.io/acme/web:dev"})
+	kube.Create("a/nginx", fake.Spec{Image: "nginx"})
 	m, cfg := testValkey(t)
 	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -378,10 +371,10 @@ func TestCatchUp(t *testing.T) {
 	w := startWorkerOn(t, kube, m, cfg)
 	w.awaitRestart("a/api", formatTime(at))
 	w.settled()
-	if n := len(kube.patchesOf("a/web")); n != 0 {
+	if n := len(kube.Patches("a/web")); n != 0 {
 		t.Errorf("what was asked for before the window was patched %d times", n)
 	}
-	if n := len(kube.patchesOf("a/nginx")); n != 0 {
+	if n := len(kube.Patches("a/nginx")); n != 0 {
 		t.Errorf("what is under no prefix was patched %d times", n)
 	}
 	w.mu.Lock()
@@ -393,7 +386,7 @@ func TestCatchUp(t *testing.T) {
 		w.catchUpSoon()
 		w.settled()
 	}
-	if n := len(kube.patchesOf("a/api")); n != 1 {
+	if n := len(kube.Patches("a/api")); n != 1 {
 		t.Errorf("caught up %d times instead of once", n)
 	}
 }
@@ -401,13 +394,13 @@ func TestCatchUp(t *testing.T) {
 // WORKER_CATCH_UP=0 reads nothing back.
 func TestNoCatchUp(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	m, cfg := testValkey(t)
 	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), apiDev)
 	w := startWorkerOn(t, kube, m, cfg, func(c *workerConfig) { c.CatchUp = 0 })
 	eventually(t, "worker is ready", func() bool { return w.ready() == nil })
 	w.settled()
-	if n := len(kube.patchesOf("a/api")); n != 0 {
+	if n := len(kube.Patches("a/api")); n != 0 {
 		t.Errorf("patched %d times", n)
 	}
 	// What is older than it is retried is forgotten all the same.
@@ -423,18 +416,18 @@ func TestNoCatchUp(t *testing.T) {
 
 func TestFailedPatchIsRetried(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
-	kube.create("a/broken", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.Create("a/broken", fake.Spec{Image: apiDev})
 	var mu sync.Mutex
 	answers := []int{500, 409, 503, 422, 403}
 	broken := true
-	kube.onPatch = func(call patchCall) (int, http.Header) {
+	kube.OnPatch = func(call fake.PatchCall) (int, http.Header) {
 		mu.Lock()
 		defer mu.Unlock()
-		if call.key == "a/broken" && broken {
+		if call.Key == "a/broken" && broken {
 			return 500, nil
 		}
-		if call.key == "a/api" && len(answers) > 0 {
+		if call.Key == "a/api" && len(answers) > 0 {
 			code := answers[0]
 			answers = answers[1:]
 			return code, nil
@@ -444,7 +437,7 @@ func TestFailedPatchIsRetried(t *testing.T) {
 	w := startTestWorker(t, kube)
 	at := w.publish(apiDev)
 	w.awaitRestart("a/api", at) // whatever becomes of a/broken
-	if n := len(kube.patchesOf("a/api")); n != 6 {
+	if n := len(kube.Patches("a/api")); n != 6 {
 		t.Errorf("a/api was patched %d times instead of 6", n)
 	}
 	if !w.logs.has(`"msg":"restart failed, trying again"`, `"deployment":"broken"`) {
@@ -461,10 +454,10 @@ func TestFailedPatchIsRetried(t *testing.T) {
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	var mu sync.Mutex
 	var times []time.Time
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		mu.Lock()
 		defer mu.Unlock()
 		times = append(times, time.Now())
@@ -492,10 +485,10 @@ func TestRetryAfter(t *testing.T) {
 func TestRetryAfterAndBackoff(t *testing.T) {
 	t.Parallel()
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	var mu sync.Mutex
 	var times []time.Time
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		mu.Lock()
 		defer mu.Unlock()
 		times = append(times, time.Now())
@@ -522,9 +515,9 @@ func TestRetryAfterAndBackoff(t *testing.T) {
 // A 404 need not come from the API server. What is really deleted, the watch says.
 func TestNotFound(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	var n atomic.Int32
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		if n.Add(1) < 8 {
 			return 404, nil
 		}
@@ -541,20 +534,20 @@ func TestNotFound(t *testing.T) {
 func TestHangingRetries(t *testing.T) {
 	kube := newKubeAPI(t)
 	for i := range 8 {
-		kube.create(fmt.Sprintf("bad/api-%d", i), spec{image: apiDev})
+		kube.Create(fmt.Sprintf("bad/api-%d", i), fake.Spec{Image: apiDev})
 	}
-	kube.create("good/web", spec{image: "ghcr.io/acme/web:dev"})
+	kube.Create("good/web", fake.Spec{Image: "ghcr.io/acme/web:dev"})
 	release := make(chan struct{})
 	defer close(release)
 	var mu sync.Mutex
 	tried := map[string]bool{}
 	var hanging atomic.Int32
-	kube.onPatch = func(c patchCall) (int, http.Header) {
+	kube.OnPatch = func(c fake.PatchCall) (int, http.Header) {
 		mu.Lock()
-		again := tried[c.key]
-		tried[c.key] = true
+		again := tried[c.Key]
+		tried[c.Key] = true
 		mu.Unlock()
-		if c.key == "good/web" {
+		if c.Key == "good/web" {
 			return 0, nil
 		}
 		if again {
@@ -576,7 +569,7 @@ func TestHangingRetries(t *testing.T) {
 // One restart for all images that were missed, by the newest.
 func TestCatchUpOfSeveralImages(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev, init: "ghcr.io/acme/init:dev", volume: "ghcr.io/acme/volume:dev"})
+	kube.Create("a/api", fake.Spec{Image: apiDev, Init: "ghcr.io/acme/init:dev", Volume: "ghcr.io/acme/volume:dev"})
 	w := startTestWorker(t, kube)
 	now := time.Now().UnixMicro()
 	for i, image := range []string{"ghcr.io/acme/init:dev", apiDev, "ghcr.io/acme/volume:dev"} {
@@ -592,9 +585,7 @@ func TestCatchUpOfSeveralImages(t *testing.T) {
 	w.catchUpSoon()
 	w.awaitRestart("a/api", formatTime(now+2))
 	w.settled()
-	kube.mu.Lock()
-	defer kube.mu.Unlock()
-	if got := kube.applied["a/api"]; len(got) != 1 {
+	if got := kube.Applied("a/api"); len(got) != 1 {
 		t.Errorf("restarted at %q", got)
 	}
 }
@@ -604,7 +595,7 @@ func TestCatchUpOfSeveralImages(t *testing.T) {
 func TestClocksApart(t *testing.T) {
 	for _, catchUp := range []time.Duration{time.Hour, 0} {
 		kube := newKubeAPI(t)
-		kube.create("a/api", spec{image: apiDev})
+		kube.Create("a/api", fake.Spec{Image: apiDev})
 		w := startTestWorker(t, kube, func(c *workerConfig) { c.CatchUp = catchUp })
 		w.valkey.SetTime(time.Now().Add(-2 * time.Hour))
 		w.awaitRestart("a/api", w.publish(apiDev))
@@ -615,7 +606,7 @@ func TestClocksApart(t *testing.T) {
 // not swallow what is asked for later.
 func TestClockWasAhead(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	w := startTestWorker(t, kube)
 	set := func(to time.Time) {
 		w.valkey.SetTime(to)
@@ -623,15 +614,15 @@ func TestClockWasAhead(t *testing.T) {
 		eventually(t, "the clock is known", func() bool { return w.clock().Sub(to).Abs() < time.Minute })
 	}
 	const other = "ghcr.io/acme/paused:dev"
-	kube.create("a/paused", spec{image: other, paused: true})
+	kube.Create("a/paused", fake.Spec{Image: other, Paused: true})
 	set(time.Now().Add(40 * 24 * time.Hour))
 	w.publish(other)
 	w.awaitRestart("a/api", w.publish(apiDev))
 	set(time.Now())
 	w.awaitRestart("a/api", w.publish(apiDev))
-	kube.change("a/paused", func(o map[string]any) { delete(child(o, "spec"), "paused") })
+	kube.Change("a/paused", func(o map[string]any) { delete(child(o, "spec"), "paused") })
 	w.settled()
-	if at := kube.restartedAt("a/paused"); at != "" {
+	if at := kube.RestartedAt("a/paused"); at != "" {
 		t.Errorf("restarted at %s", at)
 	}
 	w.awaitRestart("a/paused", w.publish(other))
@@ -640,7 +631,7 @@ func TestClockWasAhead(t *testing.T) {
 // The newer T wins, whatever order the two arrive in.
 func TestNewerRequestWins(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/both", spec{image: apiDev, init: "ghcr.io/acme/init:dev"})
+	kube.Create("a/both", fake.Spec{Image: apiDev, Init: "ghcr.io/acme/init:dev"})
 	w := startTestWorker(t, kube)
 	now := time.Now().UnixMicro()
 	newer := fmt.Sprintf(`{"image":"ghcr.io/acme/init:dev","requestedAt":%d}`, now)
@@ -650,8 +641,8 @@ func TestNewerRequestWins(t *testing.T) {
 	eventually(t, "the cache knows", func() bool { return w.cache.running(apiDev)[0].restartedAt == formatTime(now) })
 	w.valkey.Publish("krt", older)
 	w.settled()
-	if n := len(kube.patchesOf("a/both")); n != 1 || kube.restartedAt("a/both") != formatTime(now) {
-		t.Errorf("patched %d times, restartedAt %s", n, kube.restartedAt("a/both"))
+	if n := len(kube.Patches("a/both")); n != 1 || kube.RestartedAt("a/both") != formatTime(now) {
+		t.Errorf("patched %d times, restartedAt %s", n, kube.RestartedAt("a/both"))
 	}
 }
 
@@ -659,13 +650,13 @@ func TestNewerRequestWins(t *testing.T) {
 // does not put an older T over a newer one.
 func TestOutdatedRecord(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	newer := formatTime(time.Now().Add(time.Second).UnixMicro())
 	overtaken := false
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		if !overtaken { // another worker is faster by a hair
 			overtaken = true
-			kube.change("a/api", func(o map[string]any) {
+			kube.Change("a/api", func(o map[string]any) {
 				child(child(o, "spec"), "template")["metadata"] = map[string]any{"annotations": map[string]any{restartedAtAnnotation: newer}}
 			})
 		}
@@ -675,7 +666,7 @@ func TestOutdatedRecord(t *testing.T) {
 	w.publish(apiDev)
 	eventually(t, "it looks again", func() bool { return w.logs.has("changed meanwhile", `"deployment":"api"`) })
 	w.settled()
-	if at := kube.restartedAt("a/api"); at != newer {
+	if at := kube.RestartedAt("a/api"); at != newer {
 		t.Errorf("restartedAt is %s; the newer %s was overwritten", at, newer)
 	}
 }
@@ -684,18 +675,18 @@ func TestOutdatedRecord(t *testing.T) {
 // the newer one, however long the backoff has become.
 func TestConflictIsRetriedWhenTheWatchCatchesUp(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	w := startTestWorker(t, kube)
 	key := types.NamespacedName{Namespace: "a", Name: "api"}
 	for range 20 {
 		w.backoff.When(key) // the next wait is maxBackoff, longer than this test
 	}
-	kube.changeUnseen(func() {
-		kube.store("a/api", clone(kube.objects["a/api"]), "MODIFIED")
+	kube.ChangeUnseen(func() {
+		kube.Change("a/api", func(map[string]any) {})
 	})
 	at := w.publish(apiDev)
 	eventually(t, "the outdated record is refused", func() bool { return w.logs.has("changed meanwhile", `"deployment":"api"`) })
-	kube.change("a/api", func(o map[string]any) { o["status"] = map[string]any{"replicas": 1} })
+	kube.Change("a/api", func(o map[string]any) { o["status"] = map[string]any{"replicas": 1} })
 	w.awaitRestart("a/api", at)
 }
 
@@ -704,22 +695,22 @@ func TestConflictIsRetriedWhenTheWatchCatchesUp(t *testing.T) {
 func TestSlowRelist(t *testing.T) {
 	t.Parallel()
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	var slow atomic.Bool
 	var begun atomic.Int32
-	kube.front(t, func(w http.ResponseWriter, r *http.Request) bool {
+	kube.Front = func(w http.ResponseWriter, r *http.Request) bool {
 		if slow.Load() && r.URL.Query().Get("sendInitialEvents") == "true" {
 			begun.Add(1)
 			kube.ServeHTTP(slowEnd{w, watchDelay + 2*time.Second}, r)
 			return true
 		}
 		return false
-	})
+	}
 	w := startTestWorker(t, kube)
 	slow.Store(true)
-	kube.breakWatches()
+	kube.BreakWatches()
 	eventually(t, "the list is begun", func() bool { return begun.Load() == 1 })
-	kube.create("a/late", spec{image: "ghcr.io/acme/late:dev"})
+	kube.Create("a/late", fake.Spec{Image: "ghcr.io/acme/late:dev"})
 	late := w.publish("ghcr.io/acme/late:dev")
 	w.awaitRestart("a/api", w.publish(apiDev)) // from the record that worker has
 	api := w.publish(apiDev)                   // refused until the list is complete
@@ -750,21 +741,22 @@ func (s slowEnd) Write(p []byte) (int, error) {
 func TestHangingWatch(t *testing.T) {
 	t.Parallel()
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.PagedOnly = false // after the hanging watch, the reflector asks for all at once
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	var hang, hung atomic.Bool
-	kube.front(t, func(w http.ResponseWriter, r *http.Request) bool {
+	kube.Front = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.URL.Query().Get("watch") != "true" || !hang.CompareAndSwap(true, false) {
 			return false
 		}
 		hung.Store(true)
 		<-r.Context().Done()
 		return true
-	})
+	}
 	w := startTestWorker(t, kube)
 	hang.Store(true)
-	kube.breakWatches()
+	kube.BreakWatches()
 	eventually(t, "it hangs", hung.Load)
-	kube.create("a/late", spec{image: apiDev})
+	kube.Create("a/late", fake.Spec{Image: apiDev})
 	at := w.publish(apiDev)
 	w.awaitRestart("a/api", at)
 	time.Sleep(requestLimit)
@@ -775,10 +767,10 @@ func TestHangingWatch(t *testing.T) {
 // away: the slow one does not put it back.
 func TestGitOpsAndTwoWorkers(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	var n atomic.Int32
 	both, stripped := make(chan struct{}), make(chan struct{})
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		switch n.Add(1) {
 		case 1:
 			<-both
@@ -795,7 +787,7 @@ func TestGitOpsAndTwoWorkers(t *testing.T) {
 	for _, w := range []*testWorker{a, b} {
 		eventually(t, "both have seen it", func() bool { return !w.cache.running(apiDev)[0].restarted.IsZero() })
 	}
-	kube.change("a/api", func(o map[string]any) {
+	kube.Change("a/api", func(o map[string]any) {
 		delete(child(child(child(o, "spec"), "template"), "metadata"), "annotations")
 	})
 	close(stripped)
@@ -803,11 +795,15 @@ func TestGitOpsAndTwoWorkers(t *testing.T) {
 		eventually(t, "one was refused", func() bool { return a.logs.has("changed meanwhile") || b.logs.has("changed meanwhile") })
 		eventually(t, "and has looked again", func() bool { return w.queue.NumRequeues(types.NamespacedName{Namespace: "a", Name: "api"}) == 0 })
 	}
-	kube.mu.Lock()
-	defer kube.mu.Unlock()
-	if got := kube.applied["a/api"]; len(got) != 1 {
+	if got := kube.Applied("a/api"); len(got) != 1 {
 		t.Errorf("restarted at %q", got)
 	}
+}
+
+func lagWatches(kube *fake.KubernetesAPI, lag time.Duration) {
+	kube.Lock()
+	defer kube.Unlock()
+	kube.Lag = func() time.Duration { return lag }
 }
 
 // A watch that no longer brings what worker itself has changed is begun anew.
@@ -815,16 +811,14 @@ func TestDeafWatch(t *testing.T) {
 	t.Parallel()
 	for _, namespaces := range [][]string{nil, {"a"}} {
 		kube := newKubeAPI(t)
-		kube.create("a/api", spec{image: apiDev})
+		kube.Create("a/api", fake.Spec{Image: apiDev})
 		w := startTestWorker(t, kube, func(c *workerConfig) { c.Namespaces = namespaces })
-		kube.mu.Lock()
-		watchers := len(kube.watchers)
-		clear(kube.watchers) // the streams stay open, and bring nothing more
-		kube.mu.Unlock()
-		if watchers != 1 {
+		if watchers := kube.Watchers(); watchers != 1 {
 			t.Fatalf("%d watches", watchers)
 		}
+		lagWatches(kube, time.Hour) // the streams stay open, and bring nothing more
 		w.awaitRestart("a/api", w.publish(apiDev))
+		lagWatches(kube, 0)
 		at := w.publish(apiDev) // from an outdated record, so it is refused
 		w.awaitRestart("a/api", at)
 		if !w.logs.has(`"level":"WARN"`, "the watch has missed a change") {
@@ -844,31 +838,28 @@ func TestNewImageDuringAGap(t *testing.T) {
 			child(child(child(o, "spec"), "template"), "spec")["containers"] = []any{map[string]any{"name": "main", "image": image, "imagePullPolicy": "Always"}}
 		}
 	}
-	start := func() (*kubeAPI, *testWorker) {
+	start := func() (*fake.KubernetesAPI, *testWorker) {
 		kube := newKubeAPI(t)
-		kube.create("a/api", spec{image: apiDev})
-		kube.create("a/other", spec{image: "ghcr.io/acme/other:v1"})
+		kube.Create("a/api", fake.Spec{Image: apiDev})
+		kube.Create("a/other", fake.Spec{Image: "ghcr.io/acme/other:v1"})
 		return kube, startTestWorker(t, kube)
 	}
-	for name, end := range map[string]func(kube *kubeAPI, w *testWorker){
-		"a new list":        func(kube *kubeAPI, _ *testWorker) { kube.breakWatches() },
-		"the watch goes on": func(_ *kubeAPI, w *testWorker) { w.publish(apiDev) }, // which shows that it is dead
+	for name, end := range map[string]func(kube *fake.KubernetesAPI, w *testWorker){
+		"a new list":        func(kube *fake.KubernetesAPI, _ *testWorker) { kube.BreakWatches() },
+		"the watch goes on": func(_ *fake.KubernetesAPI, w *testWorker) { w.publish(apiDev) }, // which shows that it is dead
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			kube, w := start()
-			var watchers map[chan watchEvent]string
-			kube.mu.Lock()
-			watchers, kube.watchers = kube.watchers, map[chan watchEvent]string{}
-			kube.mu.Unlock()
-			kube.change("a/other", run(other))
+			if name == "a new list" {
+				kube.ChangeUnseen(func() { kube.Change("a/other", run(other)) })
+			} else {
+				lagWatches(kube, time.Hour)
+				kube.Change("a/other", run(other))
+				lagWatches(kube, 0)
+			}
 			at := w.publish(other)
 			eventually(t, "it was heard", func() bool { return w.logs.has(`"msg":"requested"`, at) })
-			if name == "a new list" {
-				kube.mu.Lock()
-				kube.watchers = watchers
-				kube.mu.Unlock()
-			}
 			end(kube, w)
 			w.awaitRestart("a/other", at)
 		})
@@ -878,10 +869,10 @@ func TestNewImageDuringAGap(t *testing.T) {
 		kube, w := start()
 		at := w.publish(other)
 		eventually(t, "it was heard", func() bool { return w.logs.has(`"msg":"requested"`, at) })
-		kube.change("a/other", run(other))
+		kube.Change("a/other", run(other))
 		eventually(t, "the cache knows", func() bool { return len(w.cache.running(other)) == 1 })
 		w.settled()
-		if at := kube.restartedAt("a/other"); at != "" {
+		if at := kube.RestartedAt("a/other"); at != "" {
 			t.Errorf("restarted at %s", at)
 		}
 	})
@@ -891,7 +882,7 @@ func TestNewImageDuringAGap(t *testing.T) {
 func TestHealthyWatch(t *testing.T) {
 	t.Parallel()
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	w := startTestWorker(t, kube)
 	w.awaitRestart("a/api", w.publish(apiDev))
 	time.Sleep(watchDelay + time.Second)
@@ -905,8 +896,8 @@ func TestHealthyWatch(t *testing.T) {
 func TestCrossingEventsInThreeWorkers(t *testing.T) {
 	kube := newKubeAPI(t)
 	const initDev = "ghcr.io/acme/init:dev"
-	kube.create("a/both", spec{image: apiDev, init: initDev})
-	kube.onPatch = func(patchCall) (int, http.Header) {
+	kube.Create("a/both", fake.Spec{Image: apiDev, Init: initDev})
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		time.Sleep(rand.N(20 * time.Millisecond))
 		return 0, nil
 	}
@@ -923,9 +914,7 @@ func TestCrossingEventsInThreeWorkers(t *testing.T) {
 	}
 	first.awaitRestart("a/both", newest)
 	first.settled()
-	kube.mu.Lock()
-	defer kube.mu.Unlock()
-	applied := kube.applied["a/both"]
+	applied := kube.Applied("a/both")
 	if !slices.IsSorted(applied) || len(slices.Compact(slices.Clone(applied))) != len(applied) || applied[len(applied)-1] != newest {
 		t.Errorf("restartedAt went %v; the newest request is of %s", applied, newest)
 	}
@@ -959,14 +948,14 @@ func BenchmarkCatchUp(b *testing.B) {
 
 func TestHandWrittenMessageMeansNow(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	w := startTestWorker(t, kube)
 	before := time.Now()
 	w.valkey.Publish("krt", `{"image":"ghcr.io/acme/api:dev"}`)
-	eventually(t, "it is restarted", func() bool { return kube.restartedAt("a/api") != "" })
-	at, err := time.Parse(restartedAtLayout, kube.restartedAt("a/api"))
+	eventually(t, "it is restarted", func() bool { return kube.RestartedAt("a/api") != "" })
+	at, err := time.Parse(restartedAtLayout, kube.RestartedAt("a/api"))
 	if err != nil || at.Before(before.Add(-time.Second)) || at.After(time.Now().Add(time.Second)) {
-		t.Errorf("restartedAt %s", kube.restartedAt("a/api"))
+		t.Errorf("restartedAt %s", kube.RestartedAt("a/api"))
 	}
 
 	// Now is what Valkey's clock says.
@@ -975,14 +964,14 @@ func TestHandWrittenMessageMeansNow(t *testing.T) {
 	w.catchUpSoon()
 	eventually(t, "the clock is known", func() bool { return w.clock().After(ahead.Add(-time.Minute)) })
 	w.valkey.Publish("krt", `{"image":"ghcr.io/acme/api:dev"}`)
-	eventually(t, "it is restarted", func() bool { return kube.restartedAt("a/api") > formatTime(ahead.Add(-time.Minute).UnixMicro()) })
+	eventually(t, "it is restarted", func() bool { return kube.RestartedAt("a/api") > formatTime(ahead.Add(-time.Minute).UnixMicro()) })
 }
 
 // Valkey is a trust boundary: what is not as web would have sent it is ignored.
 func TestHostileMessages(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
-	kube.create("a/nginx", spec{image: "nginx"})
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.Create("a/nginx", fake.Spec{Image: "nginx"})
 	w := startTestWorker(t, kube)
 	for _, message := range []string{
 		``, `null`, `{}`, `[]`, `"x"`, `{"image":1}`, `{"IMAGE":"ghcr.io/acme/api:dev"}`,
@@ -999,7 +988,7 @@ func TestHostileMessages(t *testing.T) {
 	}
 	w.settled()
 	for _, key := range []string{"a/api", "a/nginx"} {
-		if calls := kube.patchesOf(key); len(calls) > 0 {
+		if calls := kube.Patches(key); len(calls) > 0 {
 			t.Errorf("%s was patched: %v", key, calls)
 		}
 	}
@@ -1010,10 +999,10 @@ func TestHostileMessages(t *testing.T) {
 
 func TestNamespacesAndSelector(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.selector = "team=payments"
-	kube.create("a/api", spec{image: apiDev})
-	kube.create("b/api", spec{image: apiDev})
-	kube.create("c/api", spec{image: apiDev})
+	kube.Selector = "team=payments"
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.Create("b/api", fake.Spec{Image: apiDev})
+	kube.Create("c/api", fake.Spec{Image: apiDev})
 	w := startTestWorker(t, kube, func(c *workerConfig) {
 		c.Namespaces, c.Selector = []string{"a", "b", "ghcr-probe"}, "team=payments"
 	})
@@ -1021,14 +1010,14 @@ func TestNamespacesAndSelector(t *testing.T) {
 	w.awaitRestart("a/api", at)
 	w.awaitRestart("b/api", at)
 	w.settled()
-	if n := len(kube.patchesOf("c/api")); n != 0 {
+	if n := len(kube.Patches("c/api")); n != 0 {
 		t.Errorf("a Deployment out of scope was patched %d times", n)
 	}
 }
 
 func TestForbiddenScope(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.forbid = func(_, namespace string) bool { return namespace == "b" }
+	kube.Forbid = func(_, namespace string) bool { return namespace == "b" }
 	m, cfg := testValkey(t)
 	w := startWorkerOn(t, kube, m, cfg, func(c *workerConfig) { c.Namespaces = []string{"a", "b"} })
 	eventually(t, "the worker gives up", w.queue.ShuttingDown)
@@ -1044,11 +1033,11 @@ func TestForbiddenScope(t *testing.T) {
 // not begun is left to the next worker.
 func TestStopFinishesThePatchInFlight(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/first", spec{image: apiDev})
-	kube.create("a/second", spec{image: apiDev})
+	kube.Create("a/first", fake.Spec{Image: apiDev})
+	kube.Create("a/second", fake.Spec{Image: apiDev})
 	arrived, release := make(chan string, 2), make(chan struct{})
-	kube.onPatch = func(call patchCall) (int, http.Header) {
-		arrived <- call.key
+	kube.OnPatch = func(call fake.PatchCall) (int, http.Header) {
+		arrived <- call.Key
 		<-release
 		return 0, nil
 	}
@@ -1062,19 +1051,19 @@ func TestStopFinishesThePatchInFlight(t *testing.T) {
 	if err := <-stopped; err != nil {
 		t.Fatal(err)
 	}
-	if kube.restartedAt(inFlight) != at {
+	if kube.RestartedAt(inFlight) != at {
 		t.Errorf("the patch of %s was cut off", inFlight)
 	}
-	if n := len(kube.patchesOf("")); n != 1 || w.logs.has("restart failed") {
+	if n := len(kube.Patches("")); n != 1 || w.logs.has("restart failed") {
 		t.Errorf("%d patches were sent, 1 was in flight", n)
 	}
-	kube.mu.Lock()
-	kube.onPatch = nil
-	kube.mu.Unlock()
+	kube.Lock()
+	kube.OnPatch = nil
+	kube.Unlock()
 	startWorkerOn(t, kube, w.valkey, valkeyConfig{Addr: w.valkey.Addr(), Channel: "krt"})
 	for _, key := range []string{"a/first", "a/second"} {
 		w.awaitRestart(key, at)
-		if n := len(kube.patchesOf(key)); n != 1 {
+		if n := len(kube.Patches(key)); n != 1 {
 			t.Errorf("%s was patched %d times", key, n)
 		}
 	}
@@ -1082,16 +1071,16 @@ func TestStopFinishesThePatchInFlight(t *testing.T) {
 
 func TestGiveUp(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev})
-	kube.onPatch = func(patchCall) (int, http.Header) { return 500, nil }
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { return 500, nil }
 	w := startTestWorker(t, kube)
 	at := w.publish(apiDev)
-	eventually(t, "it failed", func() bool { return len(kube.patchesOf("a/api")) > 3 })
+	eventually(t, "it failed", func() bool { return len(kube.Patches("a/api")) > 3 })
 	w.passed.Store(int64(61 * time.Minute))
 	eventually(t, "it is given up", func() bool { return w.logs.has(`"level":"ERROR"`, "gave up", `"deployment":"api"`, at) })
-	tries := len(kube.patchesOf("a/api"))
+	tries := len(kube.Patches("a/api"))
 	time.Sleep(50 * time.Millisecond)
-	if n := len(kube.patchesOf("a/api")); n != tries {
+	if n := len(kube.Patches("a/api")); n != tries {
 		t.Error("it is still patched")
 	}
 }
@@ -1099,13 +1088,11 @@ func TestGiveUp(t *testing.T) {
 // Where lists cannot be streamed they are read page by page.
 func TestWithoutStreamedLists(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.noStreams = true
-	kube.create("a/api", spec{image: apiDev})
+	kube.NoStreams = true
+	kube.Create("a/api", fake.Spec{Image: apiDev})
 	w := startTestWorker(t, kube)
 	w.awaitRestart("a/api", w.publish(apiDev))
-	kube.mu.Lock()
-	defer kube.mu.Unlock()
-	if kube.lists == 0 {
+	if len(kube.Lists()) == 0 {
 		t.Error("nothing was listed")
 	}
 }
@@ -1114,12 +1101,12 @@ func TestWithoutStreamedLists(t *testing.T) {
 // found a moment before.
 func TestAnnouncementAfterItsRecord(t *testing.T) {
 	kube := newKubeAPI(t)
-	kube.create("a/api", spec{image: apiDev, created: time.Now().Add(time.Hour)}) // by an API server's clock
+	kube.Create("a/api", fake.Spec{Image: apiDev, Created: time.Now().Add(time.Hour)}) // by an API server's clock
 	w := startTestWorker(t, kube)
 	at := time.Now().UnixMicro()
 	w.note(event{apiDev, at}, time.Time{})
 	w.settled()
-	if n := len(kube.patchesOf("a/api")); n != 0 {
+	if n := len(kube.Patches("a/api")); n != 0 {
 		t.Fatalf("patched %d times for a record older than the Deployment", n)
 	}
 	w.valkey.Publish("krt", fmt.Sprintf(`{"image":%q,"requestedAt":%d}`, apiDev, at))
