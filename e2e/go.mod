@@ -3,11 +3,13 @@ module kuberollouttrigger/e2e
 go 1.26.0
 
 require (
-	github.com/go-jose/go-jose/v4 v4.1.8
 	github.com/valkey-io/valkey-go v1.0.79
 	k8s.io/apimachinery v0.37.2
 	k8s.io/client-go v0.37.2
+	kuberollouttrigger v0.0.0
 )
+
+replace kuberollouttrigger => ../
 
 require (
 	github.com/davecgh/go-spew v1.1.2-0.20180830191138-d8f796af33cc // indirect
@@ -29,7 +31,7 @@ require (
 	k8s.io/klog/v2 v2.140.0 // indirect
 	k8s.io/kube-openapi v0.0.0-20260721132016-d427ff9ee9ad // indirect
 	k8s.io/utils v0.0.0-20260626114624-be93311217bd // indirect
-	sigs.k8s.io/json v0.0.0-20250730193827-2d320260d730 // indirect
+	sigs.k8s.io/json v0.0.0-20260909141634-11ed52e25bc5 // indirect
 	sigs.k8s.io/randfill v1.0.0 // indirect
 	sigs.k8s.io/structured-merge-diff/v6 v6.4.2 // indirect
 	sigs.k8s.io/yaml v1.6.0 // indirect

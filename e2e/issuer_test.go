@@ -10,20 +10,13 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
-	"io"
-	"log"
 	"math/big"
 	"net"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"sync"
-	"sync/atomic"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
+	"kuberollouttrigger/internal/fake"
 )
 
 // authority is the CA of everything here that speaks TLS: the issuer, the API
@@ -110,111 +103,33 @@ const audience = "https://kuberollouttrigger.test"
 
 // issuer stands in for token.actions.githubusercontent.com: same documents,
 // same header, same claims, another key.
-type issuer struct {
-	url     string
-	key     *rsa.PrivateKey
-	signer  jose.Signer
-	server  *httptest.Server
-	fetches atomic.Int64 // of the keys
-
-	mu        sync.Mutex
-	published jose.JSONWebKeySet
-}
-
-const keyID = "38826b17-6a30-5f9b-b169-8beb8202f723"
+type issuer struct{ *fake.Issuer }
 
 func newIssuer() (*issuer, error) {
 	cert, _, _, err := testCA.serverCert()
 	if err != nil {
 		return nil, err
 	}
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		return nil, err
-	}
-	iss := &issuer{key: key}
-	if iss.signer, err = newSigner(key, keyID); err != nil {
-		return nil, err
-	}
-	mux := http.NewServeMux()
-	reply := func(path string, document func() any) {
-		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "application/json")
-			_ = json.NewEncoder(w).Encode(document())
-		})
-	}
-	reply("/.well-known/openid-configuration", func() any {
-		return map[string]any{
-			"issuer":                                iss.url,
-			"jwks_uri":                              iss.url + "/.well-known/jwks",
-			"subject_types_supported":               []string{"public", "pairwise"},
-			"response_types_supported":              []string{"id_token"},
-			"id_token_signing_alg_values_supported": []string{"RS256"},
-			"scopes_supported":                      []string{"openid"},
-		}
-	})
-	iss.publish(key, keyID)
-	reply("/.well-known/jwks", func() any {
-		iss.fetches.Add(1)
-		iss.mu.Lock()
-		defer iss.mu.Unlock()
-		return iss.published
-	})
-	server := httptest.NewUnstartedServer(mux)
-	server.TLS = &tls.Config{Certificates: []tls.Certificate{cert}}
-	server.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that do not trust us are part of the tests
-	server.StartTLS()
-	iss.url, iss.server = server.URL, server
-	return iss, nil
-}
-
-// publish adds a key to those that the issuer announces.
-func (iss *issuer) publish(key *rsa.PrivateKey, kid string) {
-	iss.mu.Lock()
-	defer iss.mu.Unlock()
-	iss.published.Keys = append(iss.published.Keys, jose.JSONWebKey{Key: key.Public(), KeyID: kid, Algorithm: "RS256", Use: "sig"})
-}
-
-func newSigner(key *rsa.PrivateKey, kid string) (jose.Signer, error) {
-	return jose.NewSigner(
-		jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: kid}},
-		(&jose.SignerOptions{}).WithType("JWT").WithHeader("x5t", "ykNaY4qM_ta4k2TgZOCEYLkcYlA"))
-}
-
-// claims are those of a push to main of acme/api, as GitHub writes them at the
-// time given.
-func (iss *issuer) claims(now time.Time) map[string]any {
-	return map[string]any{
-		"iss": iss.url, "aud": audience, "sub": "repo:acme/api:ref:refs/heads/main",
-		"jti": rand.Text(), "iat": now.Unix(), "nbf": now.Unix() - 600, "exp": now.Unix() + 300,
-		"actor": "octocat", "actor_id": "583231", "base_ref": "", "check_run_id": "5123456789",
-		"event_name": "push", "head_ref": "",
-		"job_workflow_ref": "acme/api/.github/workflows/build.yaml@refs/heads/main",
-		"job_workflow_sha": "8d3a0d3e2e0b8c8b1f3d5f6a7b8c9d0e1f2a3b4c",
-		"ref":              "refs/heads/main", "ref_protected": "true", "ref_type": "branch",
-		"repository": "acme/api", "repository_id": "123456789", "repository_owner": "acme",
-		"repository_owner_id": "987654", "repository_visibility": "private",
-		"run_attempt": "1", "run_id": "9876543210", "run_number": "42",
-		"runner_environment": "github-hosted", "sha": "8d3a0d3e2e0b8c8b1f3d5f6a7b8c9d0e1f2a3b4c",
-		"workflow": "build", "workflow_ref": "acme/api/.github/workflows/build.yaml@refs/heads/main",
-		"workflow_sha": "8d3a0d3e2e0b8c8b1f3d5f6a7b8c9d0e1f2a3b4c",
-	}
+	iss := fake.NewIssuer(cert)
+	iss.Audience = audience
+	return &issuer{iss}, nil
 }
 
 // mint is a token GitHub could have issued at the time given, with some claims
 // replaced.
 func (iss *issuer) mint(now time.Time, replace map[string]any) string {
-	claims := iss.claims(now)
-	for name, value := range replace {
-		claims[name] = value
-	}
-	return sign(iss.signer, claims)
+	return iss.Token(iss.Claims(now, replace))
 }
 
-func sign(signer jose.Signer, claims map[string]any) string {
-	token, err := jwt.Signed(signer).Claims(claims).Serialize()
+// forge is what mint returns, signed with another key.
+func (iss *issuer) forge(key *rsa.PrivateKey, now time.Time) string {
+	header, err := json.Marshal(iss.Header())
 	if err != nil {
-		panic(err) // a map of strings and numbers: cannot fail
+		panic(err) // a map of strings: cannot fail
 	}
-	return token
+	payload, err := json.Marshal(iss.Claims(now, nil))
+	if err != nil {
+		panic(err)
+	}
+	return fake.Sign(key, header, payload)
 }

@@ -454,10 +454,6 @@ func TestDenied(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forger, err := newSigner(foreign, keyID)
-	if err != nil {
-		t.Fatal(err)
-	}
 	now := time.Now()
 	with := func(replace map[string]any) string { return github.mint(now, replace) }
 	for _, d := range []struct {
@@ -466,9 +462,9 @@ func TestDenied(t *testing.T) {
 	}{
 		{"no token", "", image, 401},
 		{"no JWT", "eyJhbGciOiJub25lIn0.e30.", image, 401},
-		{"another's key", sign(forger, github.claims(now)), image, 401},
+		{"another's key", github.forge(foreign, now), image, 401},
 		{"another audience", with(map[string]any{"aud": "https://github.com/acme"}), image, 401},
-		{"another issuer", with(map[string]any{"iss": github.url + "/"}), image, 401},
+		{"another issuer", with(map[string]any{"iss": github.URL + "/"}), image, 401},
 		{"expired", github.mint(now.Add(-10*time.Minute), nil), image, 401},
 		{"not yet valid", github.mint(now.Add(20*time.Minute), nil), image, 401},
 		{"another organisation", with(map[string]any{"repository_owner": "acme-evil", "repository": "acme-evil/api", "sub": "repo:acme-evil/api:ref:refs/heads/main"}), image, 403},

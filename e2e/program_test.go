@@ -57,7 +57,7 @@ func launchWeb(t testing.TB, binary, valkeyAddr string, settings ...string) *pro
 		"VALKEY_ADDR=" + valkeyAddr,
 		"ALLOWED_IMAGE_PREFIX=ghcr.io/acme",
 		"GITHUB_OIDC_AUDIENCE=" + audience,
-		"GITHUB_OIDC_ISSUER=" + github.url,
+		"GITHUB_OIDC_ISSUER=" + github.URL,
 		"GITHUB_ALLOWED_ORG=acme",
 		"SSL_CERT_FILE=" + testCA.file,
 	}, settings...)...)

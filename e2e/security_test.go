@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"crypto/rand"
-	"crypto/rsa"
 	"encoding/base64"
 	"fmt"
 	"net/http"
@@ -41,8 +40,8 @@ func startWebWithIssuer(t testing.TB) (*issuer, *program) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(own.server.Close)
-	return own, startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.url)
+	t.Cleanup(own.Close)
+	return own, startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.URL)
 }
 
 // TestFloodOfUnknownKids: ten seconds of forged tokens at full speed, each with
@@ -60,7 +59,7 @@ func TestFloodOfUnknownKids(t *testing.T) {
 			t.Fatalf("before the flood: %d, %v", a.status, err)
 		}
 	}
-	before, fetched := memoryKiB(t, web, "VmRSS"), own.fetches.Load()
+	before, fetched := memoryKiB(t, web, "VmRSS"), own.JWKSFetches.Load()
 
 	_, rest, _ := strings.Cut(own.mint(time.Now(), nil), ".")
 	flood := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 16}}
@@ -102,11 +101,11 @@ func TestFloodOfUnknownKids(t *testing.T) {
 	slices.Sort(took)
 	after, peak := memoryKiB(t, web, "VmRSS"), memoryKiB(t, web, "VmHWM")
 	fmt.Printf("%s: %d forged tokens in 10 s, %d not answered 401; %d fetches of the keys; %d valid ones accepted, median %.1f ms; resident %d KiB before, %d after, %d at most\n",
-		t.Name(), forged.Load(), wrong.Load(), own.fetches.Load()-fetched, len(took), float64(took[len(took)/2].Microseconds())/1000, before, after, peak)
+		t.Name(), forged.Load(), wrong.Load(), own.JWKSFetches.Load()-fetched, len(took), float64(took[len(took)/2].Microseconds())/1000, before, after, peak)
 	if wrong.Load() > 0 {
 		t.Errorf("%d of %d forged tokens were not answered 401", wrong.Load(), forged.Load())
 	}
-	if n := own.fetches.Load() - fetched; n > 1 {
+	if n := own.JWKSFetches.Load() - fetched; n > 1 {
 		t.Errorf("the flood caused %d fetches of the keys", n)
 	}
 	if request := memoryOf(t, manifestContainer(t, "../k8s/30-web.yaml", "web"), "requests"); !raceDetecting && int64(peak)<<10 > request {
@@ -119,7 +118,7 @@ func TestFloodOfUnknownKids(t *testing.T) {
 func TestIssuerGone(t *testing.T) {
 	t.Parallel()
 	own, web := startWebWithIssuer(t)
-	own.server.Close()
+	own.Close()
 	c := newClient(web.url)
 	image := newImage()
 	// An unknown kid makes web try to fetch, and fail.
@@ -148,26 +147,13 @@ func TestRotation(t *testing.T) {
 	c := newClient(web.url)
 	image := newImage()
 
-	const next = "0f0e0d0c0b0a09080706050403020100fedcba98"
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signer, err := newSigner(key, next)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var rotated, stop atomic.Bool
+	var stop atomic.Bool
 	var failed, accepted atomic.Int64
 	var load sync.WaitGroup
 	for range 4 {
 		load.Go(func() {
 			for !stop.Load() {
-				with := own.signer
-				if rotated.Load() {
-					with = signer
-				}
-				if a, err := c.post(t.Context(), sign(with, own.claims(time.Now())), imageBody(image)); err != nil || a.status != http.StatusAccepted {
+				if a, err := c.post(t.Context(), own.mint(time.Now(), nil), imageBody(image)); err != nil || a.status != http.StatusAccepted {
 					failed.Add(1)
 				} else {
 					accepted.Add(1)
@@ -176,20 +162,20 @@ func TestRotation(t *testing.T) {
 			}
 		})
 	}
-	fetched := own.fetches.Load()
-	own.publish(key, next)
+	fetched := own.JWKSFetches.Load()
+	next := own.Announce()
 	unknown := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"RS256","typ":"JWT","kid":"unknown"}`))
 	_, rest, _ := strings.Cut(own.mint(time.Now(), nil), ".")
 	if a, err := c.post(t.Context(), unknown+"."+rest, imageBody(image)); err != nil || a.status != http.StatusUnauthorized {
 		t.Errorf("an unknown kid: %d, %v", a.status, err)
 	}
 	eventually(t, 40*time.Second, "web has fetched the keys again", func() error {
-		if own.fetches.Load() == fetched || !strings.Contains(web.stderr.String(), next) {
-			return fmt.Errorf("%d fetches", own.fetches.Load()-fetched)
+		if own.JWKSFetches.Load() == fetched || !strings.Contains(web.stderr.String(), next) {
+			return fmt.Errorf("%d fetches", own.JWKSFetches.Load()-fetched)
 		}
 		return nil
 	})
-	rotated.Store(true)
+	own.Rotate()
 	time.Sleep(2 * time.Second)
 	stop.Store(true)
 	load.Wait()
