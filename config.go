@@ -21,46 +21,14 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 )
 
-// mode is a set of the subcommands that take an option.
-type mode uint8
-
-const (
-	webMode mode = 1 << iota
-	workerMode
-	explainMode
-	bothModes = webMode | workerMode
-)
-
-func (m mode) String() string {
-	switch m {
-	case webMode:
-		return "web"
-	case workerMode:
-		return "worker"
-	case explainMode:
-		return "explain"
-	case webMode | explainMode:
-		return "web, explain"
-	case bothModes | explainMode:
-		return "both, explain"
-	default:
-		return "both"
-	}
-}
-
-// config is everything that the environment and the flags say.
-type config struct {
+// commonConfig is what web and worker share.
+type commonConfig struct {
 	LogLevel      slog.Level
 	OpsListenAddr string // host:port of the probes
 	Valkey        valkeyConfig
-	ImagePrefixes imagePrefixes // the only images that may be restarted
-
-	Web    webConfig
-	Worker workerConfig
 }
 
-// valkeyConfig says how to reach Valkey and under which names the two
-// processes meet there.
+// valkeyConfig says how to reach Valkey and which names to use there.
 type valkeyConfig struct {
 	Addr               string // host:port
 	Username, Password string // empty: no AUTH
@@ -69,100 +37,146 @@ type valkeyConfig struct {
 	Channel            string         // PubSub channel, and prefix of the keys
 }
 
-// webConfig is what only web reads.
+// webConfig is the configuration of web.
 type webConfig struct {
-	ListenAddr  string // host:port of the public API
-	Audience    string // the one value of aud that is accepted
-	Issuer      string // exact URL of the OIDC issuer
-	Orgs        []string
-	OrgIDs      []string // empty: not pinned
-	TrustPolicy []rule   // empty: the default policy
+	commonConfig
+	policyConfig
+	ListenAddr string // host:port of the public API
 }
 
-// workerConfig is what only worker reads.
+// policyConfig is the part of web's configuration that decides about a request.
+type policyConfig struct {
+	ImagePrefixes imagePrefixes // the only images that may be restarted
+	Audience      string        // the one accepted value of aud
+	Issuer        string        // exact URL of the OIDC issuer
+	Orgs          []string
+	OrgIDs        []string // empty: not checked
+	TrustPolicy   []rule   // empty: the default policy
+}
+
+// explainConfig is the configuration of explain, which can do without an audience.
+type explainConfig struct{ policyConfig }
+
+// workerConfig is the configuration of worker.
 type workerConfig struct {
-	Kubeconfig  string        // path; empty: in-cluster
-	Namespaces  []string      // empty: all
-	Selector    string        // label selector; empty: all
-	CatchUp     time.Duration // how far back recorded requests count; 0: PubSub only
-	Concurrency int           // patches in flight
-	ClusterName string        // tells clusters apart in logs
+	commonConfig
+	ImagePrefixes   imagePrefixes // the only images that may be restarted
+	InCluster       bool          // the caller sets it: KUBECONFIG may be missing
+	Kubeconfig      string        // path; empty: the pod's ServiceAccount
+	Namespaces      []string      // empty: all
+	Selector        string        // label selector; empty: all
+	CatchUp         time.Duration // age of the oldest request that counts; 0: PubSub only
+	RestartInterval time.Duration // at least this long between two restarts of a Deployment; 0: off
+	Concurrency     int           // patches in flight
+	ClusterName     string        // tells clusters apart in logs
 }
 
-// option is one setting: an environment variable and the flag of the same
-// name. The table below is the only source of parsing, of -h and of the tests
-// that hold the documentation to it.
+// option is one setting: an environment variable and the flag of the same name.
+// The tables below are the only source of parsing, of -h, and of the test that
+// compares docs/configuration.md with them.
 type option struct {
-	env      string
-	modes    mode
-	required mode // those of modes that cannot do without it
-	def      string
-	unset    string // what it means that there is no value; "" if there is nothing to say
-	secret   bool   // its value is never printed, errors included
-	long     bool   // its value has lines, and errors name the line
-	boolean  bool   // the flag may stand without a value
-	usage    string
-	set      func(c *config, value string) error
+	env, def, usage string
+	unset           string // shown in help when there is no default
+	required        bool
+	secret          bool // the value is never printed, errors included
+	multiline       bool // errors name the line instead of the value
+	boolean         bool // the flag may stand without a value
+	set             func(value string) error
 }
 
 // flagName is the variable's name in lower case with dashes.
-func (o *option) flagName() string {
+func (o option) flagName() string {
 	return strings.ReplaceAll(strings.ToLower(o.env), "_", "-")
 }
 
-var options = []option{
-	{env: "LOG_LEVEL", modes: bothModes, def: "info", usage: "debug, info, warn or error",
-		set: func(c *config, v string) error { return setLogLevel(&c.LogLevel, v) }},
-	{env: "OPS_LISTEN_ADDR", modes: bothModes, def: ":8081", usage: "host:port of /healthz and /readyz",
-		set: func(c *config, v string) error { return setListenAddr(&c.OpsListenAddr, v) }},
-	{env: "VALKEY_ADDR", modes: bothModes, required: bothModes, usage: "host:port of Valkey",
-		set: func(c *config, v string) error { return setDialAddr(&c.Valkey.Addr, v) }},
-	{env: "VALKEY_USERNAME", modes: bothModes, usage: "user name for Valkey's AUTH",
-		set: func(c *config, v string) error { c.Valkey.Username = v; return nil }},
-	{env: "VALKEY_PASSWORD", modes: bothModes, secret: true, usage: "password for Valkey's AUTH",
-		set: func(c *config, v string) error { c.Valkey.Password = v; return nil }},
-	{env: "VALKEY_TLS_ENABLED", modes: bothModes, def: "false", boolean: true, usage: "speak TLS to Valkey",
-		set: func(c *config, v string) error { return setBool(&c.Valkey.TLS, v) }},
-	{env: "VALKEY_TLS_CA_FILE", modes: bothModes, unset: "system roots", usage: "PEM file with the CA of Valkey's certificate",
-		set: func(c *config, v string) error { return setRoots(&c.Valkey.TLSRoots, v) }},
-	{env: "VALKEY_CHANNEL", modes: bothModes, def: "kuberollouttrigger", usage: "PubSub channel; keys begin with it and a colon",
-		set: func(c *config, v string) error {
-			return setMatch(&c.Valkey.Channel, v, channelRE, "1 to 128 letters, digits, dots, dashes, underscores or colons")
-		}},
-	{env: "ALLOWED_IMAGE_PREFIX", modes: bothModes | explainMode, required: bothModes | explainMode, usage: "comma-separated image prefixes that may be restarted, such as ghcr.io/acme",
-		set: func(c *config, v string) (err error) { c.ImagePrefixes, err = parseImagePrefixes(v); return err }},
-	{env: "WEB_LISTEN_ADDR", modes: webMode, def: ":8080", usage: "host:port of the public API",
-		set: func(c *config, v string) error { return setListenAddr(&c.Web.ListenAddr, v) }},
-	{env: "GITHUB_OIDC_AUDIENCE", modes: webMode | explainMode, required: webMode, usage: "audience that a token must be made for, such as https://rollout.example.com",
-		set: func(c *config, v string) error { c.Web.Audience = v; return nil }},
-	{env: "GITHUB_OIDC_ISSUER", modes: webMode | explainMode, def: "https://token.actions.githubusercontent.com", usage: "issuer of the tokens",
-		set: func(c *config, v string) error { return setIssuer(&c.Web.Issuer, v) }},
-	{env: "GITHUB_ALLOWED_ORG", modes: webMode | explainMode, required: webMode | explainMode, usage: "comma-separated owners whose repositories may ask",
-		set: func(c *config, v string) error {
-			return setList(&c.Web.Orgs, v, ownerRE, "owner names separated by commas")
-		}},
-	{env: "GITHUB_ALLOWED_ORG_ID", modes: webMode | explainMode, usage: "comma-separated numeric ids that repository_owner_id must be one of",
-		set: func(c *config, v string) error {
-			return setList(&c.Web.OrgIDs, v, digitsRE, "numbers separated by commas")
-		}},
-	{env: "TRUST_POLICY", modes: webMode | explainMode, long: true, usage: "YAML rules that say which jobs may restart which images",
-		set: func(c *config, v string) (err error) { c.Web.TrustPolicy, err = parseRules(v); return err }},
-	{env: "KUBECONFIG", modes: workerMode, unset: "in-cluster", usage: "path of a kubeconfig",
-		set: func(c *config, v string) error { c.Worker.Kubeconfig = v; return nil }},
-	{env: "WORKER_NAMESPACES", modes: workerMode, unset: "all", usage: "comma-separated namespaces to watch",
-		set: func(c *config, v string) error {
-			return setList(&c.Worker.Namespaces, v, namespaceRE, "namespaces separated by commas")
-		}},
-	{env: "WORKER_SELECTOR", modes: workerMode, unset: "all", usage: "label selector of the Deployments to watch",
-		set: func(c *config, v string) error { return setSelector(&c.Worker.Selector, v) }},
-	{env: "WORKER_CATCH_UP", modes: workerMode, def: "1h", usage: "how far back missed requests are made up for; 0 for PubSub only, at most 24h",
-		set: func(c *config, v string) error { return setCatchUp(&c.Worker.CatchUp, v) }},
-	{env: "WORKER_CONCURRENCY", modes: workerMode, def: "16", usage: "patches in flight at once, 1 to 256",
-		set: func(c *config, v string) error { return setInt(&c.Worker.Concurrency, v, 1, 256) }},
-	{env: "CLUSTER_NAME", modes: workerMode, def: "default", usage: "name of the cluster in logs",
-		set: func(c *config, v string) error {
-			return setMatch(&c.Worker.ClusterName, v, clusterRE, "1 to 63 letters, digits, dots, dashes or underscores")
-		}},
+func (o option) String() string { return o.env + " (--" + o.flagName() + ")" }
+
+func (c *commonConfig) options() []option {
+	return []option{
+		{env: "LOG_LEVEL", def: "info", usage: "debug, info, warn or error", set: setParsed(&c.LogLevel, parseLogLevel)},
+		{env: "OPS_LISTEN_ADDR", def: ":8081", usage: "host:port of /healthz and /readyz",
+			set: setValid(&c.OpsListenAddr, isListenAddr, "host:port, such as :8081")},
+		{env: "VALKEY_ADDR", required: true, usage: "host:port of Valkey", set: setValid(&c.Valkey.Addr, isDialAddr, "host:port, such as valkey:6379")},
+		{env: "VALKEY_USERNAME", usage: "user name for Valkey's AUTH", set: setText(&c.Valkey.Username)},
+		{env: "VALKEY_PASSWORD", secret: true, usage: "password for Valkey's AUTH", set: setText(&c.Valkey.Password)},
+		{env: "VALKEY_TLS_ENABLED", def: "false", boolean: true, usage: "speak TLS to Valkey", set: setBool(&c.Valkey.TLS)},
+		{env: "VALKEY_TLS_CA_FILE", unset: "system roots", usage: "PEM file with the CA of Valkey's certificate",
+			set: setParsed(&c.Valkey.TLSRoots, readCertificates)},
+		{env: "VALKEY_CHANNEL", def: "kuberollouttrigger", usage: "PubSub channel; keys begin with it and a colon",
+			set: setValid(&c.Valkey.Channel, channelRE.MatchString, "1 to 128 letters, digits, dots, dashes, underscores or colons")},
+	}
+}
+
+func prefixOption(p *imagePrefixes) option {
+	return option{env: "ALLOWED_IMAGE_PREFIX", required: true, usage: "comma-separated image prefixes that may be restarted, such as ghcr.io/acme",
+		set: setParsed(p, parseImagePrefixes)}
+}
+
+func (c *webConfig) options() []option {
+	public := option{env: "WEB_LISTEN_ADDR", def: ":8080", usage: "host:port of the public API",
+		set: setValid(&c.ListenAddr, isListenAddr, "host:port, such as :8080")}
+	return slices.Concat(c.commonConfig.options(), []option{public}, c.policyOptions(true))
+}
+
+func (c *explainConfig) options() []option { return c.policyOptions(false) }
+
+func (c *policyConfig) policyOptions(audienceRequired bool) []option {
+	return []option{
+		prefixOption(&c.ImagePrefixes),
+		{env: "GITHUB_OIDC_AUDIENCE", required: audienceRequired, usage: "audience that a token must be made for, such as https://rollout.example.com",
+			set: setText(&c.Audience)},
+		{env: "GITHUB_OIDC_ISSUER", def: "https://token.actions.githubusercontent.com", usage: "issuer of the tokens",
+			set: setValid(&c.Issuer, isIssuer, "an https URL without query, such as https://token.actions.githubusercontent.com")},
+		{env: "GITHUB_ALLOWED_ORG", required: true, usage: "comma-separated owners whose repositories may ask",
+			set: setList(&c.Orgs, ownerRE, "owner names separated by commas")},
+		{env: "GITHUB_ALLOWED_ORG_ID", usage: "comma-separated numeric ids that repository_owner_id must be one of",
+			set: setList(&c.OrgIDs, digitsRE, "numbers separated by commas")},
+		{env: "TRUST_POLICY", multiline: true, usage: "YAML rules that say which jobs may restart which images", set: setParsed(&c.TrustPolicy, parseRules)},
+	}
+}
+
+func (c *workerConfig) options() []option {
+	return append(c.commonConfig.options(), []option{
+		prefixOption(&c.ImagePrefixes),
+		{env: "KUBECONFIG", required: !c.InCluster, unset: "in-cluster", usage: "path of a kubeconfig", set: setText(&c.Kubeconfig)},
+		{env: "WORKER_NAMESPACES", unset: "all", usage: "comma-separated namespaces to watch",
+			set: setList(&c.Namespaces, namespaceRE, "namespaces separated by commas")},
+		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the Deployments to watch", set: setParsed(&c.Selector, parseSelector)},
+		{env: "WORKER_CATCH_UP", def: "1h", usage: "how far back missed requests are made up for; 0 for PubSub only, at most 24h",
+			set: setDuration(&c.CatchUp, time.Minute, 24*time.Hour, "0 or a duration from 1m to 24h, such as 1h")},
+		{env: "WORKER_RESTART_INTERVAL", def: "10s", usage: "shortest time between two restarts of a Deployment; 0 for none",
+			set: setDuration(&c.RestartInterval, time.Second, 12*time.Hour, "0 or a duration from 1s to half of WORKER_CATCH_UP, such as 10s")},
+		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256", set: setNumber(&c.Concurrency, 1, 256)},
+		{env: "CLUSTER_NAME", def: "default", usage: "name of the cluster in logs",
+			set: setValid(&c.ClusterName, clusterRE.MatchString, "1 to 63 letters, digits, dots, dashes or underscores")},
+	}...)
+}
+
+// validate checks what no option can check alone.
+func (c *commonConfig) validate() error {
+	if c.Valkey.TLSRoots != nil && !c.Valkey.TLS {
+		return errors.New("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file) is set, but VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true")
+	}
+	return nil
+}
+
+func (c *explainConfig) validate() error { return nil }
+
+// validate bounds the restart interval, so that a deferred request is restarted
+// long before it expires.
+func (c *workerConfig) validate() error {
+	var err error
+	if limit := cmp.Or(c.CatchUp, time.Hour) / 2; c.RestartInterval > limit {
+		err = fmt.Errorf("WORKER_RESTART_INTERVAL (--worker-restart-interval): \"%s\": expected at most %s, half of WORKER_CATCH_UP (1h if that is 0)",
+			c.RestartInterval, limit)
+	}
+	return errors.Join(c.commonConfig.validate(), err)
+}
+
+// configuration is what a subcommand reads from its flags and the environment.
+type configuration interface {
+	options() []option
+	validate() error
 }
 
 // usageError is a mistake in the command line or the environment; the process
@@ -172,96 +186,83 @@ type usageError struct{ err error }
 func (e usageError) Error() string { return e.err.Error() }
 func (e usageError) Unwrap() error { return e.err }
 
-// parseConfig reads the options of m: a flag overrides the environment, and an
+// parseConfig sets the options of cfg: a flag overrides the environment, and an
 // empty variable counts as not set. The error, a usageError, names everything
 // that is missing or wrong at once. flag.ErrHelp means that -h was given.
-func parseConfig(m mode, args []string, getenv func(string) string) (*config, error) {
-	return parseFlags(flag.NewFlagSet(m.String(), flag.ContinueOnError), m, args, getenv)
+func parseConfig(subcommand string, cfg configuration, args []string, getenv func(string) string) error {
+	return parseFlags(flag.NewFlagSet(subcommand, flag.ContinueOnError), cfg, args, getenv)
 }
 
 // parseFlags is parseConfig for a subcommand whose other flags are in fs.
-func parseFlags(fs *flag.FlagSet, m mode, args []string, getenv func(string) string) (*config, error) {
+func parseFlags(fs *flag.FlagSet, cfg configuration, args []string, getenv func(string) string) error {
 	fs.SetOutput(io.Discard) // the caller prints errors and help
-	given := map[string]string{}
+	options, given := cfg.options(), map[string]string{}
 	for _, o := range options {
-		if o.modes&m == 0 {
-			continue
+		define := fs.Func
+		if o.boolean {
+			define = fs.BoolFunc
 		}
-		fs.Var(flagValue{given, o.env, o.boolean}, o.flagName(), o.usage)
+		define(o.flagName(), o.usage, func(v string) error { given[o.env] = v; return nil })
 	}
-	if err := fs.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return nil, err
-		}
-		return nil, usageError{fmt.Errorf("%w; see kuberollouttrigger %s -h", err, m)}
+	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return err
+	} else if err != nil {
+		return usageError{fmt.Errorf("%w; see kuberollouttrigger %s -h", err, fs.Name())}
 	}
 	if fs.NArg() > 0 {
-		// Not repeated: it may be a password, after a blank too many.
-		return nil, usageError{fmt.Errorf("an argument that is no flag; write --name=value, and see kuberollouttrigger %s -h", m)}
+		// The argument is not repeated: it may be a password after a stray blank.
+		return usageError{fmt.Errorf("unexpected argument; write --name=value, and see kuberollouttrigger %s -h", fs.Name())}
 	}
 
-	c := &config{}
 	var missing []string
 	var wrong []error
 	for _, o := range options {
-		if o.modes&m == 0 {
-			continue
-		}
 		value, ok := given[o.env]
 		if !ok {
 			value = getenv(o.env)
 		}
-		if value == "" {
-			value = o.def
-		}
-		switch {
-		case value == "" && o.required&m != 0:
-			missing = append(missing, fmt.Sprintf("%s (--%s)", o.env, o.flagName()))
-		case value == "":
-		default:
-			if err := o.set(c, value); err != nil {
-				shown := strconv.Quote(value) + ": "
-				if o.secret || o.long {
-					shown = ""
-				}
-				wrong = append(wrong, fmt.Errorf("%s (--%s): %s%w", o.env, o.flagName(), shown, err))
-			}
+		if value = cmp.Or(value, o.def); value != "" {
+			wrong = append(wrong, o.apply(value))
+		} else if o.required {
+			missing = append(missing, o.String())
 		}
 	}
 	if len(missing) > 0 {
 		wrong = slices.Insert(wrong, 0, fmt.Errorf("missing required configuration: %s", strings.Join(missing, ", ")))
 	}
-	if c.Valkey.TLSRoots != nil && !c.Valkey.TLS {
-		wrong = append(wrong, errors.New("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file) is set, but VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"))
+	if err := errors.Join(append(wrong, cfg.validate())...); err != nil {
+		return usageError{err}
 	}
-	if len(wrong) > 0 {
-		return nil, usageError{errors.Join(wrong...)}
-	}
-	return c, nil
+	return nil
 }
 
-// flagValue collects a flag's value under its variable's name.
-type flagValue struct {
-	given   map[string]string
-	env     string
-	boolean bool
+// placeholder stands in k8s/ for what everybody has to choose.
+const placeholder = "REPLACE_ME"
+
+// apply sets the option. Its error names the option, and the value unless it is
+// a secret.
+func (o option) apply(value string) error {
+	if strings.Contains(value, placeholder) {
+		return fmt.Errorf("%s still has the placeholder %s, as in k8s/10-config.yaml; set your own value", o, placeholder)
+	}
+	err := o.set(value)
+	if err == nil {
+		return nil
+	}
+	if o.secret || o.multiline {
+		return fmt.Errorf("%s: %w", o, err)
+	}
+	return fmt.Errorf("%s: %q: %w", o, value, err)
 }
 
-func (f flagValue) String() string     { return "" }
-func (f flagValue) Set(v string) error { f.given[f.env] = v; return nil }
-func (f flagValue) IsBoolFlag() bool   { return f.boolean }
-
-// printOptions writes what -h says about the options of m. It prints defaults,
-// never what the environment holds.
-func printOptions(w io.Writer, m mode) {
+// printOptions writes what -h says about the options. It prints defaults, never
+// the values in the environment.
+func printOptions(w io.Writer, options []option) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "flag\tvariable\tdefault\tmeaning")
 	for _, o := range options {
-		if o.modes&m == 0 {
-			continue
-		}
 		def := cmp.Or(o.def, o.unset, "none")
-		if o.required&m != 0 {
+		if o.required && o.unset == "" {
 			def = "required"
 		}
 		fmt.Fprintf(tw, "--%s\t%s\t%s\t%s\n", o.flagName(), o.env, def, o.usage)
@@ -277,116 +278,117 @@ var (
 	namespaceRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 )
 
-func setLogLevel(p *slog.Level, v string) error {
-	switch strings.ToLower(v) {
-	case "debug", "info", "warn", "error":
-		return p.UnmarshalText([]byte(v))
+// The setters write a checked value to a field.
+
+func setParsed[T any](field *T, parse func(string) (T, error)) func(string) error {
+	return func(s string) (err error) {
+		*field, err = parse(s)
+		return err
 	}
-	return errors.New("expected debug, info, warn or error")
 }
 
-func setBool(p *bool, v string) error {
-	switch v {
-	case "true", "1":
-		*p = true
-	case "false", "0":
-		*p = false
-	default:
-		return errors.New("expected true or false")
-	}
-	return nil
+func setText(field *string) func(string) error {
+	return func(s string) error { *field = s; return nil }
 }
 
-func setInt(p *int, v string, low, high int) error {
-	n, err := strconv.Atoi(v)
-	if err != nil || n < low || n > high {
-		return fmt.Errorf("expected a whole number from %d to %d", low, high)
-	}
-	*p = n
-	return nil
-}
-
-func setMatch(p *string, v string, re *regexp.Regexp, expected string) error {
-	if !re.MatchString(v) {
-		return errors.New("expected " + expected)
-	}
-	*p = v
-	return nil
-}
-
-func setList(p *[]string, v string, re *regexp.Regexp, expected string) error {
-	for item := range strings.SplitSeq(v, ",") {
-		item = strings.TrimSpace(item)
-		if !re.MatchString(item) {
+func setValid(field *string, ok func(string) bool, expected string) func(string) error {
+	return func(s string) error {
+		if !ok(s) {
 			return errors.New("expected " + expected)
 		}
-		if !slices.Contains(*p, item) {
-			*p = append(*p, item)
+		*field = s
+		return nil
+	}
+}
+
+func setList(field *[]string, re *regexp.Regexp, expected string) func(string) error {
+	return func(s string) error {
+		for item := range strings.SplitSeq(s, ",") {
+			item = strings.TrimSpace(item)
+			if !re.MatchString(item) {
+				return errors.New("expected " + expected)
+			}
+			if !slices.Contains(*field, item) {
+				*field = append(*field, item)
+			}
 		}
+		return nil
 	}
-	return nil
 }
 
-// setListenAddr takes an empty host (every address) and port 0 (a free one).
-func setListenAddr(p *string, v string) error {
-	_, port, err := net.SplitHostPort(v)
-	if err == nil {
-		_, err = strconv.ParseUint(port, 10, 16)
+func setNumber(field *int, low, high int) func(string) error {
+	return func(s string) error {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < low || n > high {
+			return fmt.Errorf("expected a whole number from %d to %d", low, high)
+		}
+		*field = n
+		return nil
 	}
-	if err != nil {
-		return errors.New("expected host:port, such as :8080")
-	}
-	*p = v
-	return nil
 }
 
-func setDialAddr(p *string, v string) error {
-	host, port, err := net.SplitHostPort(v)
-	n, perr := strconv.ParseUint(port, 10, 16)
-	if err != nil || perr != nil || n == 0 || host == "" || strings.ContainsAny(host, "/@ ") {
-		return errors.New("expected host:port, such as valkey:6379")
+func setDuration(field *time.Duration, low, high time.Duration, expected string) func(string) error {
+	return func(s string) error {
+		d, err := time.ParseDuration(s)
+		if err != nil || d != 0 && (d < low || d > high) {
+			return errors.New("expected " + expected)
+		}
+		*field = d
+		return nil
 	}
-	*p = v
-	return nil
 }
 
-func setRoots(p **x509.CertPool, file string) error {
+func setBool(field *bool) func(string) error {
+	return func(s string) (err error) {
+		if *field, err = strconv.ParseBool(s); err != nil {
+			return errors.New("expected true or false")
+		}
+		return nil
+	}
+}
+
+func parseLogLevel(s string) (level slog.Level, err error) {
+	switch strings.ToLower(s) {
+	case "debug", "info", "warn", "error":
+		return level, level.UnmarshalText([]byte(s))
+	}
+	return level, errors.New("expected debug, info, warn or error")
+}
+
+// isListenAddr takes an empty host (every address) and port 0 (a free one).
+func isListenAddr(s string) bool {
+	_, port, err := net.SplitHostPort(s)
+	_, portErr := strconv.ParseUint(port, 10, 16)
+	return err == nil && portErr == nil
+}
+
+func isDialAddr(s string) bool {
+	host, port, _ := net.SplitHostPort(s)
+	return isListenAddr(s) && host != "" && !strings.ContainsAny(host, "/@ ") && strings.Trim(port, "0") != ""
+}
+
+// isIssuer takes https only: whoever can change the issuer's keys on the way can
+// mint tokens.
+func isIssuer(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.RawQuery == "" && u.Fragment == ""
+}
+
+func parseSelector(s string) (string, error) {
+	if _, err := labels.Parse(s); err != nil {
+		return "", fmt.Errorf("expected a label selector, such as team=payments: %w", err)
+	}
+	return s, nil
+}
+
+func readCertificates(file string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(file)
 	if err != nil {
-		return fmt.Errorf("expected a file that can be read: %w", err)
+		return nil, fmt.Errorf("expected a readable file: %w", err)
 	}
-	*p = x509.NewCertPool()
-	if !(*p).AppendCertsFromPEM(pem) {
-		return errors.New("expected a file with a PEM certificate")
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, errors.New("expected a file with a PEM certificate")
 	}
-	return nil
-}
-
-// setIssuer takes https only: whoever can change the issuer's keys on the way
-// can mint tokens. The value is kept as it is, because the discovery document
-// must repeat it exactly (OpenID Connect Discovery 1.0, section 4.3).
-func setIssuer(p *string, v string) error {
-	u, err := url.Parse(v)
-	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return errors.New("expected an https URL without query, such as https://token.actions.githubusercontent.com")
-	}
-	*p = v
-	return nil
-}
-
-func setSelector(p *string, v string) error {
-	if _, err := labels.Parse(v); err != nil {
-		return fmt.Errorf("expected a label selector, such as team=payments: %w", err)
-	}
-	*p = v
-	return nil
-}
-
-func setCatchUp(p *time.Duration, v string) error {
-	d, err := time.ParseDuration(v)
-	if err != nil || d != 0 && (d < time.Minute || d > 24*time.Hour) {
-		return errors.New("expected 0 or a duration from 1m to 24h, such as 1h")
-	}
-	*p = d
-	return nil
+	return roots, nil
 }

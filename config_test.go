@@ -1,10 +1,12 @@
 package main
 
 import (
+	"encoding/pem"
 	"errors"
 	"flag"
 	"log/slog"
 	"maps"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -19,57 +21,116 @@ func env(vars map[string]string) func(string) string {
 
 var (
 	webEnv    = map[string]string{"VALKEY_ADDR": "valkey:6379", "ALLOWED_IMAGE_PREFIX": "ghcr.io/acme", "GITHUB_OIDC_AUDIENCE": "aud", "GITHUB_ALLOWED_ORG": "acme"}
-	workerEnv = map[string]string{"VALKEY_ADDR": "valkey:6379", "ALLOWED_IMAGE_PREFIX": "ghcr.io/acme"}
+	workerEnv = map[string]string{"VALKEY_ADDR": "valkey:6379", "ALLOWED_IMAGE_PREFIX": "ghcr.io/acme", "KUBECONFIG": "/kubeconfig"}
 )
 
+// configurations are the subcommands with options, in the order in which
+// docs/configuration.md names them.
+func configurations() map[string]configuration {
+	return map[string]configuration{"web": &webConfig{}, "worker": &workerConfig{}, "explain": &explainConfig{}}
+}
+
+// documentedOption is an option and the subcommands that have it.
+type documentedOption struct {
+	option
+	modes    []string
+	required []string // those of modes that need it
+}
+
+// documentedOptions are all options, once each, in the order of
+// docs/configuration.md.
+func documentedOptions() (all []documentedOption) {
+	index := map[string]int{}
+	for _, mode := range []string{"web", "worker", "explain"} {
+		for _, o := range configurations()[mode].options() {
+			i, ok := index[o.env]
+			if !ok {
+				i, all = len(all), append(all, documentedOption{option: o})
+				index[o.env] = i
+			}
+			all[i].modes = append(all[i].modes, mode)
+			if o.required && o.unset == "" {
+				all[i].required = append(all[i].required, mode)
+			}
+		}
+	}
+	return all
+}
+
+// readConfig parses the configuration of a subcommand.
+func readConfig(mode string, args []string, vars map[string]string) (configuration, error) {
+	cfg := configurations()[mode]
+	return cfg, parseConfig(mode, cfg, args, env(vars))
+}
+
 func TestDefaults(t *testing.T) {
-	web, err := parseConfig(webMode, nil, env(webEnv))
-	if err != nil {
-		t.Fatal(err)
-	}
-	common := config{LogLevel: slog.LevelInfo, OpsListenAddr: ":8081", ImagePrefixes: imagePrefixes{"ghcr.io/acme"},
-		Valkey: valkeyConfig{Addr: "valkey:6379", Channel: "kuberollouttrigger"}}
-	want := common
-	want.Web = webConfig{ListenAddr: ":8080", Audience: "aud", Issuer: "https://token.actions.githubusercontent.com", Orgs: []string{"acme"}}
-	if !reflect.DeepEqual(*web, want) {
-		t.Errorf("web\n got %+v\nwant %+v", *web, want)
-	}
-	worker, err := parseConfig(workerMode, nil, env(workerEnv))
-	if err != nil {
-		t.Fatal(err)
-	}
-	want = common
-	want.Worker = workerConfig{CatchUp: time.Hour, Concurrency: 16, ClusterName: "default"}
-	if !reflect.DeepEqual(*worker, want) {
-		t.Errorf("worker\n got %+v\nwant %+v", *worker, want)
+	common := commonConfig{LogLevel: slog.LevelInfo, OpsListenAddr: ":8081", Valkey: valkeyConfig{Addr: "valkey:6379", Channel: "kuberollouttrigger"}}
+	prefixes := imagePrefixes{"ghcr.io/acme"}
+	policy := policyConfig{ImagePrefixes: prefixes, Audience: "aud", Issuer: "https://token.actions.githubusercontent.com", Orgs: []string{"acme"}}
+	for mode, want := range map[string]configuration{
+		"web":     &webConfig{commonConfig: common, policyConfig: policy, ListenAddr: ":8080"},
+		"explain": &explainConfig{policy},
+		"worker": &workerConfig{commonConfig: common, ImagePrefixes: prefixes, Kubeconfig: "/kubeconfig",
+			CatchUp: time.Hour, RestartInterval: 10 * time.Second, Concurrency: 16, ClusterName: "default"},
+	} {
+		vars := maps.Clone(webEnv)
+		maps.Copy(vars, workerEnv)
+		got, err := readConfig(mode, nil, vars)
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %v\n got %+v\nwant %+v", mode, err, got, want)
+		}
 	}
 }
 
 func TestFlagsOverrideTheEnvironment(t *testing.T) {
 	vars := maps.Clone(workerEnv)
-	vars["LOG_LEVEL"] = "error"
-	vars["WORKER_SELECTOR"] = "a=b"
-	c, err := parseConfig(workerMode, []string{"--log-level=debug", "-worker-namespaces", "a, b,a", "--valkey-tls-enabled", "--worker-catch-up=0"}, env(vars))
+	maps.Copy(vars, map[string]string{"LOG_LEVEL": "error", "WORKER_SELECTOR": "a=b", "CLUSTER_NAME": "east"})
+	args := []string{"--log-level=debug", "-worker-namespaces", "a, b,a", "--valkey-tls-enabled", "--worker-catch-up=0", "--cluster-name="}
+	got, err := readConfig("worker", args, vars)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.LogLevel != slog.LevelDebug || !reflect.DeepEqual(c.Worker.Namespaces, []string{"a", "b"}) || !c.Valkey.TLS || c.Worker.CatchUp != 0 || c.Worker.Selector != "a=b" {
+	c := got.(*workerConfig)
+	if c.LogLevel != slog.LevelDebug || !reflect.DeepEqual(c.Namespaces, []string{"a", "b"}) || !c.Valkey.TLS || c.CatchUp != 0 || c.Selector != "a=b" || c.ClusterName != "default" {
 		t.Errorf("%+v", c)
 	}
 }
 
 func TestMissingConfigurationIsNamedAtOnce(t *testing.T) {
-	for _, tt := range []struct {
-		mode mode
-		want string
-	}{
-		{webMode, "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), GITHUB_OIDC_AUDIENCE (--github-oidc-audience), GITHUB_ALLOWED_ORG (--github-allowed-org)"},
-		{workerMode, "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix)"},
+	const common = "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix)"
+	for mode, want := range map[string]string{
+		"web":    common + ", GITHUB_OIDC_AUDIENCE (--github-oidc-audience), GITHUB_ALLOWED_ORG (--github-allowed-org)",
+		"worker": common + ", KUBECONFIG (--kubeconfig)",
+		"explain": "missing required configuration: ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), " +
+			"GITHUB_ALLOWED_ORG (--github-allowed-org)",
 	} {
-		_, err := parseConfig(tt.mode, nil, env(nil))
-		if usage := (usageError{}); !errors.As(err, &usage) || err.Error() != tt.want {
-			t.Errorf("%s: got %v, want %s", tt.mode, err, tt.want)
+		_, err := readConfig(mode, nil, nil)
+		if !errors.As(err, new(usageError)) || err.Error() != want {
+			t.Errorf("%s: got %v, want %s", mode, err, want)
 		}
+	}
+	_, err := readConfig("web", []string{"--log-level=loud", "--valkey-addr=x", "--trust-policy=x"}, nil)
+	for _, part := range []string{"missing required configuration: ALLOWED_IMAGE_PREFIX", "LOG_LEVEL", "VALKEY_ADDR", "TRUST_POLICY (--trust-policy): line 1"} {
+		if err == nil || !strings.Contains(err.Error(), part) {
+			t.Errorf("the error does not have %q: %v", part, err)
+		}
+	}
+}
+
+// A pod has a ServiceAccount, and can do without KUBECONFIG.
+func TestInCluster(t *testing.T) {
+	pod := map[string]string{"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+	if inCluster(env(pod)) {
+		t.Skip("this test runs in a pod")
+	}
+	defer func(file string) { serviceAccountToken = file }(serviceAccountToken)
+	serviceAccountToken = "go.mod"
+	if !inCluster(env(pod)) || inCluster(env(nil)) {
+		t.Error("a pod has both the variable and the token")
+	}
+	err := run(t.Context(), []string{"worker"}, env(pod), t.Output(), t.Output())
+	if err == nil || !strings.Contains(err.Error(), "VALKEY_ADDR") || strings.Contains(err.Error(), "KUBECONFIG") {
+		t.Errorf("in a pod: %v", err)
 	}
 }
 
@@ -79,47 +140,53 @@ func TestBadValues(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, tt := range []struct {
-		mode             mode
-		name, bad, parts string
-	}{
-		{webMode, "LOG_LEVEL", "verbose", "debug, info, warn or error"},
-		{webMode, "LOG_LEVEL", "INFO+4", "debug, info, warn or error"},
-		{webMode, "OPS_LISTEN_ADDR", "8081", "host:port"},
-		{webMode, "OPS_LISTEN_ADDR", ":http", "host:port"},
-		{webMode, "VALKEY_ADDR", "valkey", "host:port"},
-		{webMode, "VALKEY_ADDR", ":6379", "host:port"},
-		{webMode, "VALKEY_ADDR", "redis://valkey:6379", "host:port"},
-		{webMode, "VALKEY_ADDR", "valkey:0", "host:port"},
-		{webMode, "VALKEY_TLS_ENABLED", "yes", "true or false"},
-		{webMode, "VALKEY_TLS_CA_FILE", filepath.Join(dir, "none"), "can be read"},
-		{webMode, "VALKEY_TLS_CA_FILE", file, "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"},
-		{webMode, "VALKEY_CHANNEL", "a b", "letters"},
-		{webMode, "ALLOWED_IMAGE_PREFIX", "acme", "registry's host"},
-		{webMode, "WEB_LISTEN_ADDR", "localhost", "host:port"},
-		{webMode, "GITHUB_OIDC_ISSUER", "http://issuer.example.com", "https URL"},
-		{webMode, "GITHUB_OIDC_ISSUER", "https://issuer.example.com/?x=1", "https URL"},
-		{webMode, "GITHUB_ALLOWED_ORG", "acme,", "commas"},
-		{webMode, "GITHUB_ALLOWED_ORG", "acme*", "commas"},
-		{webMode, "GITHUB_ALLOWED_ORG_ID", "acme", "numbers"},
-		{workerMode, "WORKER_NAMESPACES", "Shop", "namespaces"},
-		{workerMode, "WORKER_NAMESPACES", "*", "namespaces"},
-		{workerMode, "WORKER_SELECTOR", "a in b", "label selector"},
-		{workerMode, "WORKER_CATCH_UP", "60", "0 or a duration"},
-		{workerMode, "WORKER_CATCH_UP", "25h", "0 or a duration"},
-		{workerMode, "WORKER_CATCH_UP", "-1h", "0 or a duration"},
-		{workerMode, "WORKER_CATCH_UP", "1s", "0 or a duration"},
-		{workerMode, "WORKER_CONCURRENCY", "0", "from 1 to 256"},
-		{workerMode, "WORKER_CONCURRENCY", "many", "from 1 to 256"},
-		{workerMode, "CLUSTER_NAME", "a b", "letters"},
+	for _, tt := range []struct{ mode, name, bad, parts string }{
+		{"web", "LOG_LEVEL", "verbose", "debug, info, warn or error"},
+		{"web", "LOG_LEVEL", "INFO+4", "debug, info, warn or error"},
+		{"web", "OPS_LISTEN_ADDR", "8081", "host:port"},
+		{"web", "OPS_LISTEN_ADDR", ":http", "host:port"},
+		{"web", "VALKEY_ADDR", "valkey", "host:port"},
+		{"web", "VALKEY_ADDR", ":6379", "host:port"},
+		{"web", "VALKEY_ADDR", "redis://valkey:6379", "host:port"},
+		{"web", "VALKEY_ADDR", "valkey:0", "host:port"},
+		{"web", "VALKEY_ADDR", "valkey:65536", "host:port"},
+		{"web", "VALKEY_ADDR", "user@valkey:6379", "host:port"},
+		{"web", "VALKEY_TLS_ENABLED", "yes", "true or false"},
+		{"web", "VALKEY_TLS_CA_FILE", filepath.Join(dir, "none"), "readable file"},
+		{"web", "VALKEY_TLS_CA_FILE", file, "PEM certificate"},
+		{"web", "VALKEY_TLS_CA_FILE", caFile(t), "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"},
+		{"worker", "VALKEY_TLS_CA_FILE", caFile(t), "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"},
+		{"web", "VALKEY_CHANNEL", "a b", "letters"},
+		{"web", "ALLOWED_IMAGE_PREFIX", "acme", "registry's host"},
+		{"web", "WEB_LISTEN_ADDR", "localhost", "host:port"},
+		{"web", "GITHUB_OIDC_ISSUER", "http://issuer.example.com", "https URL"},
+		{"web", "GITHUB_OIDC_ISSUER", "https://issuer.example.com/?x=1", "https URL"},
+		{"web", "GITHUB_ALLOWED_ORG", "acme,", "commas"},
+		{"web", "GITHUB_ALLOWED_ORG", "acme*", "commas"},
+		{"web", "GITHUB_ALLOWED_ORG_ID", "acme", "numbers"},
+		{"worker", "WORKER_NAMESPACES", "Shop", "namespaces"},
+		{"worker", "WORKER_NAMESPACES", "*", "namespaces"},
+		{"worker", "WORKER_SELECTOR", "a in b", "label selector"},
+		{"worker", "WORKER_CATCH_UP", "60", "0 or a duration"},
+		{"worker", "WORKER_CATCH_UP", "25h", "0 or a duration"},
+		{"worker", "WORKER_CATCH_UP", "-1h", "0 or a duration"},
+		{"worker", "WORKER_CATCH_UP", "1s", "0 or a duration"},
+		{"worker", "WORKER_RESTART_INTERVAL", "10", "0 or a duration"},
+		{"worker", "WORKER_RESTART_INTERVAL", "999ms", "0 or a duration"},
+		{"worker", "WORKER_RESTART_INTERVAL", "-10s", "0 or a duration"},
+		{"worker", "WORKER_RESTART_INTERVAL", "31m", "at most 30m0s, half of WORKER_CATCH_UP"},
+		{"worker", "WORKER_CONCURRENCY", "0", "from 1 to 256"},
+		{"worker", "WORKER_CONCURRENCY", "257", "from 1 to 256"},
+		{"worker", "WORKER_CONCURRENCY", "many", "from 1 to 256"},
+		{"worker", "CLUSTER_NAME", "a b", "letters"},
 	} {
 		vars := maps.Clone(workerEnv)
-		if tt.mode == webMode {
+		if tt.mode == "web" {
 			vars = maps.Clone(webEnv)
 		}
 		vars[tt.name] = tt.bad
-		_, err := parseConfig(tt.mode, nil, env(vars))
-		if usage := (usageError{}); !errors.As(err, &usage) {
+		_, err := readConfig(tt.mode, nil, vars)
+		if !errors.As(err, new(usageError)) {
 			t.Errorf("%s=%q: got %v, want a usage error", tt.name, tt.bad, err)
 			continue
 		}
@@ -131,46 +198,91 @@ func TestBadValues(t *testing.T) {
 	}
 }
 
-func TestBadArguments(t *testing.T) {
-	for _, args := range [][]string{{"--no-such-flag"}, {"extra"}, {"--github-allowed-org", "x"}} {
-		if _, err := parseConfig(workerMode, args, env(workerEnv)); !errors.As(err, &usageError{}) {
-			t.Errorf("%v: got %v", args, err)
-		}
+// caFile has the certificate of a test server.
+func caFile(t *testing.T) string {
+	t.Helper()
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	block := &pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}
+	if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+		t.Fatal(err)
 	}
-	if _, err := parseConfig(workerMode, []string{"-h"}, env(nil)); !errors.Is(err, flag.ErrHelp) {
-		t.Errorf("-h: %v", err)
+	return file
+}
+
+// The restart interval is at most half of the catch-up window.
+func TestRestartInterval(t *testing.T) {
+	for _, tt := range []struct {
+		interval, catchUp string
+		want              time.Duration // -1: an error
+	}{
+		{"0", "1m", 0}, {"1s", "1m", time.Second}, {"30s", "1m", 30 * time.Second}, {"31s", "1m", -1},
+		{"30m", "0", 30 * time.Minute}, {"31m", "0", -1}, {"12h", "24h", 12 * time.Hour}, {"13h", "24h", -1},
+	} {
+		vars := maps.Clone(workerEnv)
+		vars["WORKER_RESTART_INTERVAL"], vars["WORKER_CATCH_UP"] = tt.interval, tt.catchUp
+		c, err := readConfig("worker", nil, vars)
+		if (err != nil) != (tt.want < 0) || err == nil && c.(*workerConfig).RestartInterval != tt.want {
+			t.Errorf("%+v: %+v, %v", tt, c, err)
+		}
 	}
 }
 
-// Every option is set by its variable and by its flag.
-func TestOptionTable(t *testing.T) {
-	for _, o := range options {
-		if o.usage == "" || o.set == nil || o.required&^o.modes != 0 || o.required != 0 && o.def != "" {
-			t.Errorf("%s: incomplete", o.env)
-		}
-		if o.def != "" {
-			if err := o.set(&config{}, o.def); err != nil {
-				t.Errorf("%s: default %q: %v", o.env, o.def, err)
+func TestPlaceholders(t *testing.T) {
+	for mode, cfg := range configurations() {
+		for _, o := range cfg.options() {
+			vars := maps.Clone(webEnv)
+			vars[o.env] = "ghcr.io/REPLACE_ME,x"
+			_, err := readConfig(mode, nil, vars)
+			want := o.env + " (--" + o.flagName() + ") still has the placeholder REPLACE_ME, as in k8s/10-config.yaml"
+			if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: got %v, want %s", mode, err, want)
 			}
 		}
 	}
 }
 
+func TestBadArguments(t *testing.T) {
+	for _, args := range [][]string{{"--no-such-flag"}, {"extra"}, {"--github-allowed-org", "x"}} {
+		if _, err := readConfig("worker", args, workerEnv); !errors.As(err, new(usageError)) {
+			t.Errorf("%v: got %v", args, err)
+		}
+	}
+	if _, err := readConfig("worker", []string{"-h"}, nil); !errors.Is(err, flag.ErrHelp) {
+		t.Errorf("-h: %v", err)
+	}
+}
+
+func TestOptionTable(t *testing.T) {
+	for mode, cfg := range configurations() {
+		for _, o := range cfg.options() {
+			if o.usage == "" || o.set == nil || o.required && o.def != "" {
+				t.Errorf("%s: %s: incomplete", mode, o.env)
+			}
+		}
+	}
+}
+
+// badSecret is a configuration whose one option refuses its value.
+type badSecret struct{ option }
+
+func (c badSecret) options() []option { return []option{c.option} }
+func (c badSecret) validate() error   { return nil }
+
 func TestSecretsAreNotPrinted(t *testing.T) {
-	const password = "hunter2"
 	secrets := 0
-	for i := range options {
-		o := &options[i]
+	for _, o := range documentedOptions() {
 		if !o.secret {
 			continue
 		}
 		secrets++
-		defer func(set func(*config, string) error) { o.set = set }(o.set)
-		o.set = func(*config, string) error { return errors.New("refused") }
-		vars := maps.Clone(webEnv)
-		vars[o.env] = password
-		if _, err := parseConfig(webMode, nil, env(vars)); err == nil || strings.Contains(err.Error(), password) || !strings.Contains(err.Error(), o.env) {
-			t.Errorf("%s: %v", o.env, err)
+		o.set = func(string) error { return errors.New("refused") }
+		for _, password := range []string{"hunter2", "hunter2-REPLACE_ME"} {
+			err := parseConfig("web", badSecret{o.option}, nil, env(map[string]string{o.env: password}))
+			if err == nil || strings.Contains(err.Error(), "hunter2") || !strings.Contains(err.Error(), o.env) {
+				t.Errorf("%s: %v", o.env, err)
+			}
 		}
 	}
 	if secrets != 1 {

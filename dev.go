@@ -170,20 +170,17 @@ func startDevPair(ctx context.Context, env map[string]string, getenv func(string
 	}
 	env = maps.Clone(env)
 	env["GITHUB_OIDC_ISSUER"], env["WEB_LISTEN_ADDR"] = issuer.url, addrs[0]
-	configFor := func(m mode, ops string) (*config, error) {
-		return parseConfig(m, []string{"--ops-listen-addr", ops}, func(name string) string {
-			if v, ok := env[name]; ok {
-				return v
-			}
-			return getenv(name)
-		})
+	vars := func(name string) string {
+		if v, ok := env[name]; ok {
+			return v
+		}
+		return getenv(name)
 	}
-	webCfg, err := configFor(webMode, addrs[1])
-	if err != nil {
+	webCfg, workerCfg := &webConfig{}, &workerConfig{InCluster: true} // the worker is given its client
+	if err := parseConfig("web", webCfg, []string{"--ops-listen-addr", addrs[1]}, vars); err != nil {
 		return nil, err
 	}
-	workerCfg, err := configFor(workerMode, addrs[2])
-	if err != nil {
+	if err := parseConfig("worker", workerCfg, []string{"--ops-listen-addr", addrs[2]}, vars); err != nil {
 		return nil, err
 	}
 	log := newLogger(stderr, webCfg.LogLevel)
@@ -191,7 +188,7 @@ func startDevPair(ctx context.Context, env map[string]string, getenv func(string
 
 	p := &devPair{
 		webURL: "http://" + addrs[0], webOps: "http://" + addrs[1], workerOps: "http://" + addrs[2],
-		audience: webCfg.Web.Audience, worker: workerCfg.Worker, failed: make(chan error, 2), running: make(chan struct{}),
+		audience: webCfg.Audience, worker: *workerCfg, failed: make(chan error, 2), running: make(chan struct{}),
 	}
 	workerDone := make(chan struct{})
 	go func() {

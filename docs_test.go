@@ -20,7 +20,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -152,16 +151,17 @@ func sorted(set map[string]bool) []string { return slices.Sorted(maps.Keys(set))
 
 func TestDocsOptionTable(t *testing.T) {
 	var want [][]string
-	for _, o := range options {
+	for _, o := range documentedOptions() {
 		def := cmp.Or(o.unset, "none")
-		if o.required == o.modes {
+		if len(o.required) == len(o.modes) {
 			def = "required"
-		} else if o.required != 0 {
-			def = "required (" + o.required.String() + ")"
+		} else if len(o.required) > 0 {
+			def = "required (" + strings.Join(o.required, ", ") + ")"
 		} else if o.def != "" {
 			def = "`" + o.def + "`"
 		}
-		want = append(want, []string{"`" + o.env + "`", "`--" + o.flagName() + "`", o.modes.String(), def, o.usage})
+		modes := strings.Replace(strings.Join(o.modes, ", "), "web, worker", "both", 1)
+		want = append(want, []string{"`" + o.env + "`", "`--" + o.flagName() + "`", modes, def, o.usage})
 	}
 	got := docTable(t, "docs/configuration.md", "| variable | flag | modes | default | meaning |")
 	for i := range max(len(got), len(want)) {
@@ -181,7 +181,7 @@ func TestDocsOptionTable(t *testing.T) {
 // A name that begins like one of our variables is one of our variables.
 func TestDocsVariables(t *testing.T) {
 	known, first := map[string]bool{}, map[string]bool{}
-	for _, o := range options {
+	for _, o := range documentedOptions() {
 		known[o.env] = true
 		word, _, _ := strings.Cut(o.env, "_")
 		first[word] = true
@@ -550,13 +550,13 @@ func TestManifestOrder(t *testing.T) {
 func TestManifestsConfigure(t *testing.T) {
 	all := manifests(t, "k8s/*.yaml")
 	secrets := map[string]bool{}
-	for _, m := range []mode{webMode, workerMode} {
-		pod := findManifest(t, all, "Deployment", m.String()).Spec.Template.Spec
+	for _, m := range []string{"web", "worker"} {
+		pod := findManifest(t, all, "Deployment", m).Spec.Template.Spec
 		if len(pod.Containers) != 1 {
 			t.Fatalf("%s has %d containers", m, len(pod.Containers))
 		}
 		c := pod.Containers[0]
-		if !slices.Equal(c.Args, []string{m.String()}) || c.Command != nil {
+		if !slices.Equal(c.Args, []string{m}) || c.Command != nil {
 			t.Errorf("%s runs %q %q", m, c.Command, c.Args)
 		}
 		vars := map[string]string{}
@@ -570,7 +570,7 @@ func TestManifestsConfigure(t *testing.T) {
 				secrets[fmt.Sprintf("create secret generic %s ", ref.Name)] = true
 				secrets[fmt.Sprintf(" --from-literal=%s=\"$(openssl rand -hex 32)\"", ref.Key)] = true
 				// Each is the user of Valkey that has its name.
-				if vars["VALKEY_USERNAME"] != m.String() || ref.Key != m.String() {
+				if vars["VALKEY_USERNAME"] != m || ref.Key != m {
 					t.Errorf("%s is Valkey's user %q with the password of %q", m, vars["VALKEY_USERNAME"], ref.Key)
 				}
 			}
@@ -580,18 +580,23 @@ func TestManifestsConfigure(t *testing.T) {
 			}
 		}
 		for name := range vars {
-			ours := slices.ContainsFunc(options, func(o option) bool { return o.env == name && o.modes&m != 0 })
+			ours := slices.ContainsFunc(documentedOptions(), func(o documentedOption) bool { return o.env == name && slices.Contains(o.modes, m) })
 			if !ours && name != "GOMEMLIMIT" {
 				t.Errorf("k8s gives %s to %s, which has no such option", name, m)
 			}
 		}
-		for _, o := range options {
+		for _, o := range documentedOptions() {
 			if o.secret && vars[o.env] != "from a secret" {
 				t.Errorf("%s: %s is %q, not from a Secret", m, o.env, vars[o.env])
 			}
 		}
-		cfg, err := parseConfig(m, nil, func(name string) string { return vars[name] })
-		if err != nil {
+		getenv := env(vars)
+		web, worker := &webConfig{}, &workerConfig{InCluster: true}
+		cfg, common := configuration(web), &web.commonConfig
+		if m == "worker" {
+			cfg, common = worker, &worker.commonConfig
+		}
+		if err := parseConfig(m, cfg, nil, getenv); err != nil {
 			t.Fatalf("%s cannot start with what k8s says: %v", m, err)
 		}
 
@@ -599,16 +604,16 @@ func TestManifestsConfigure(t *testing.T) {
 		for _, p := range c.Ports {
 			ports[p.Name] = fmt.Sprintf(":%d", p.ContainerPort)
 		}
-		want := map[string]string{"ops": cfg.OpsListenAddr}
-		if m == webMode {
-			want["http"] = cfg.Web.ListenAddr
+		want := map[string]string{"ops": common.OpsListenAddr}
+		if m == "web" {
+			want["http"] = web.ListenAddr
 		}
 		if !maps.Equal(ports, want) {
 			t.Errorf("%s has the ports %v, and listens on %v", m, ports, want)
 		}
 		valkey := findManifest(t, all, "Service", "valkey")
-		if addr := fmt.Sprintf("%s:%d", valkey.Metadata.Name, valkey.Spec.Ports[0].Port); cfg.Valkey.Addr != addr {
-			t.Errorf("%s looks for Valkey at %s; the Service is %s", m, cfg.Valkey.Addr, addr)
+		if addr := fmt.Sprintf("%s:%d", valkey.Metadata.Name, valkey.Spec.Ports[0].Port); common.Valkey.Addr != addr {
+			t.Errorf("%s looks for Valkey at %s; the Service is %s", m, common.Valkey.Addr, addr)
 		}
 
 		// Alive is also what is not ready; what is stopping is not ready.
@@ -620,9 +625,9 @@ func TestManifestsConfigure(t *testing.T) {
 			{"liveness", c.LivenessProbe.HTTPGet.Path, c.LivenessProbe.HTTPGet.Port, 200, 200, 200},
 			{"readiness", c.ReadinessProbe.HTTPGet.Path, c.ReadinessProbe.HTTPGet.Port, 200, 503, 503},
 		} {
-			var stopping atomic.Bool
+			var s service
 			var unready error
-			h := opsHandler(&stopping, func(context.Context) error { return unready })
+			h := s.probes(func(context.Context) error { return unready })
 			status := func() int {
 				w := httptest.NewRecorder()
 				h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "http://pod"+probe.path, nil))
@@ -631,7 +636,7 @@ func TestManifestsConfigure(t *testing.T) {
 			got := []int{status()}
 			unready = errors.New("not ready")
 			got = append(got, status())
-			stopping.Store(true)
+			s.stopping.Store(true)
 			got = append(got, status())
 			if want := []int{probe.running, probe.notReady, probe.whileItIsStopping}; !slices.Equal(got, want) || probe.port != "ops" {
 				t.Errorf("%s: the %s probe asks %s on port %s, which answers %v, not %v", m, probe.name, probe.path, probe.port, got, want)
@@ -639,7 +644,7 @@ func TestManifestsConfigure(t *testing.T) {
 		}
 
 		leaves := c.Lifecycle.PreStop.Sleep.Seconds + drainTimeout.Seconds()
-		if m == workerMode {
+		if m == "worker" {
 			leaves = patchTimeout.Seconds()
 		} else if c.Lifecycle.PreStop.Sleep.Seconds == 0 {
 			t.Error("web has no preStop sleep")
@@ -647,8 +652,8 @@ func TestManifestsConfigure(t *testing.T) {
 		if pod.TerminationGracePeriodSeconds <= leaves {
 			t.Errorf("%s may take %v s to leave, and has %v", m, leaves, pod.TerminationGracePeriodSeconds)
 		}
-		if mounted := pod.AutomountServiceAccountToken; mounted == nil || *mounted != (m == workerMode) {
-			t.Errorf("%s: automountServiceAccountToken is not %t", m, m == workerMode)
+		if mounted := pod.AutomountServiceAccountToken; mounted == nil || *mounted != (m == "worker") {
+			t.Errorf("%s: automountServiceAccountToken is not %t", m, m == "worker")
 		}
 	}
 	// The password that the documented command creates is the one that is read.
@@ -990,7 +995,7 @@ func TestDocsValkeyACL(t *testing.T) {
 
 func optionDefault(t *testing.T, env string) string {
 	t.Helper()
-	for _, o := range options {
+	for _, o := range documentedOptions() {
 		if o.env == env {
 			return o.def
 		}

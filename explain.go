@@ -32,7 +32,7 @@ var tokenRE = regexp.MustCompile(`eyJ[A-Za-z0-9_-]{20,}`)
 // question is what explain is asked: would web let a job with this token, or
 // with these claims, restart these images?
 type question struct {
-	cfg      *config
+	cfg      explainConfig
 	policy   *policy
 	requests [][]string // canonical references; a request has one name and its tags
 	claims   claims
@@ -54,7 +54,7 @@ func explain(ctx context.Context, args []string, getenv func(string) string, std
 	}
 	q := question{claims: claims{}}
 	var images []string
-	fs := flag.NewFlagSet(explainMode.String(), flag.ContinueOnError)
+	fs := flag.NewFlagSet("explain", flag.ContinueOnError)
 	fs.Func("image", "image that the job asks for, with its tag; repeated or separated by commas for several", func(v string) error {
 		images = append(images, strings.Split(v, ",")...)
 		return nil
@@ -71,15 +71,14 @@ func explain(ctx context.Context, args []string, getenv func(string) string, std
 	var own strings.Builder
 	fs.VisitAll(func(f *flag.Flag) { fmt.Fprintf(&own, "--%-7s %s\n", f.Name, f.Usage) })
 
-	var err error
-	q.cfg, err = parseFlags(fs, explainMode, args, getenv)
+	err := parseFlags(fs, &q.cfg, args, getenv)
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stdout, "usage: kuberollouttrigger explain --image IMAGE [flags]\n\nReads a token, or a JSON object of claims, from standard input.\n\n%s\nA flag overrides the variable of the same name.\n\n", &own)
-		printOptions(stdout, explainMode)
+		printOptions(stdout, q.cfg.options())
 		return nil
 	}
 	if err == nil {
-		q.policy = newPolicy(q.cfg.Web.Orgs, q.cfg.Web.OrgIDs, q.cfg.Web.TrustPolicy)
+		q.policy = newPolicy(q.cfg.Orgs, q.cfg.OrgIDs, q.cfg.TrustPolicy)
 		err = q.addImages(images)
 	}
 	if err == nil && len(q.claims) == 0 {
@@ -87,7 +86,7 @@ func explain(ctx context.Context, args []string, getenv func(string) string, std
 	}
 	if err == nil && q.verify && q.token == "" {
 		err = errors.New("--verify needs a token; claims alone have no signature")
-	} else if err == nil && q.verify && q.cfg.Web.Audience == "" {
+	} else if err == nil && q.verify && q.cfg.Audience == "" {
 		err = errors.New("--verify needs GITHUB_OIDC_AUDIENCE (--github-oidc-audience)")
 	}
 	if err != nil {
@@ -170,8 +169,8 @@ func (q *question) answer(ctx context.Context, w io.Writer, issuer *http.Client)
 	if err := q.policy.checkOwner(c); err != nil {
 		owner = "no: " + err.Error()
 	}
-	ids := cmp.Or(strings.Join(q.cfg.Web.OrgIDs, ", "), "any")
-	line("owner", "%s (allowed: %s; ids: %s)", owner, strings.Join(q.cfg.Web.Orgs, ", "), ids)
+	ids := cmp.Or(strings.Join(q.cfg.OrgIDs, ", "), "any")
+	line("owner", "%s (allowed: %s; ids: %s)", owner, strings.Join(q.cfg.Orgs, ", "), ids)
 	if q.policy.admit(c) != nil {
 		denial = cmp.Or(denial, "403: no job with these claims may ask")
 	}
@@ -217,7 +216,7 @@ func (q *question) checkPayload() error {
 	}
 	iat, _ := jsonSeconds(q.payload["iat"])
 	own, _ := jsonString(q.payload["aud"])
-	v := newVerifier(q.cfg.Web.Issuer, cmp.Or(q.cfg.Web.Audience, own), http.DefaultClient, slog.New(slog.DiscardHandler),
+	v := newVerifier(q.cfg.Issuer, cmp.Or(q.cfg.Audience, own), http.DefaultClient, slog.New(slog.DiscardHandler),
 		func() time.Time { return time.Unix(iat, 0) })
 	_, err := v.checkClaims(q.payload)
 	return err
@@ -225,7 +224,7 @@ func (q *question) checkPayload() error {
 
 // verifyToken asks the verifier as web does, with the issuer's keys of now.
 func (q *question) verifyToken(ctx context.Context, issuer *http.Client) (result, denial string) {
-	v := newVerifier(q.cfg.Web.Issuer, q.cfg.Web.Audience, issuer, slog.New(slog.DiscardHandler), time.Now)
+	v := newVerifier(q.cfg.Issuer, q.cfg.Audience, issuer, slog.New(slog.DiscardHandler), time.Now)
 	c, err := v.verify(q.token)
 	if errors.Is(err, errNoKeys) { // nothing is wrong with it that shows without keys
 		if err := v.refresh(ctx); err != nil {
@@ -237,7 +236,7 @@ func (q *question) verifyToken(ctx context.Context, issuer *http.Client) (result
 		return invalid(err)
 	}
 	q.claims = c
-	return fmt.Sprintf("verified: signed by %s for %s, and valid now", quoted(q.cfg.Web.Issuer), quoted(q.cfg.Web.Audience)), ""
+	return fmt.Sprintf("verified: signed by %s for %s, and valid now", quoted(q.cfg.Issuer), quoted(q.cfg.Audience)), ""
 }
 
 // explain says what of the rule does not match.

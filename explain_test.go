@@ -286,7 +286,7 @@ func TestExplainUsage(t *testing.T) {
 		{"a policy that means nothing", token, map[string]string{"TRUST_POLICY": "x"}, []string{image}, "TRUST_POLICY (--trust-policy): line 1: no rules"},
 		{"an option of web alone", token, nil, []string{image, "--web-listen-addr=:1"}, "flag provided but not defined: -web-listen-addr"},
 		{"the answer of a runner", `{"count":1,"value":"` + token + `"}`, nil, []string{image}, "standard input has a token in the member value"},
-		{"a word", token, nil, []string{image, "now"}, "an argument that is no flag; write --name=value, and see kuberollouttrigger explain -h"},
+		{"a word", token, nil, []string{image, "now"}, "unexpected argument; write --name=value, and see kuberollouttrigger explain -h"},
 		{"a claim without value", token, nil, []string{image, "--claim=ref"}, "expected name=value"},
 		{"verify without a token", "{}", nil, []string{image, "--verify"}, "--verify needs a token"},
 		{"verify with claims as flags", token, nil, []string{image, "--verify", "--claim=ref=x"}, "--verify needs a token"},
@@ -398,11 +398,11 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 			t.Fatalf("error %v and\n%s", err, out)
 		}
 
-		cfg, err := parseConfig(explainMode, nil, func(name string) string { return cmp.Or(vars[name], explainEnv[name]) })
-		if err != nil {
+		cfg := &explainConfig{}
+		if err := parseConfig("explain", cfg, nil, func(name string) string { return cmp.Or(vars[name], explainEnv[name]) }); err != nil {
 			t.Fatal(err)
 		}
-		p := mustPolicy(t, cfg.Web.Orgs, cfg.Web.OrgIDs, trust)
+		p := mustPolicy(t, cfg.Orgs, cfg.OrgIDs, trust)
 		published := false
 		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: p, prefixes: cfg.ImagePrefixes,
 			publish: func(context.Context, []string) (int64, int64, error) { published = true; return 1, 1, nil }}

@@ -8,21 +8,21 @@
 //	kuberollouttrigger version  prints the version
 //	kuberollouttrigger help     lists these; <subcommand> -h prints the options
 //
-// web listens on WEB_LISTEN_ADDR (:8080):
+// web serves the public API on WEB_LISTEN_ADDR (:8080):
 //
 //	POST /event    a job's OIDC token and {"image":"ghcr.io/acme/api:dev"}; 202
-//	               once the request is recorded in Valkey and announced
+//	               when the request is in the ledger in Valkey and published
 //	GET  /healthz
 //
-// Both listen on OPS_LISTEN_ADDR (:8081), which is not for the internet:
+// Both serve probes on OPS_LISTEN_ADDR (:8081), which must stay internal:
 //
 //	GET /healthz   the process is alive
-//	GET /readyz    it can do its work; 503 says why not
+//	GET /readyz    the process can work; a 503 says why not
 //
-// Configuration comes from the environment; a flag of the same name overrides
-// it. Logs are JSON lines on standard error. The exit status is 0 after
-// SIGTERM or SIGINT, 2 after a mistake in the configuration, 1 after any other
-// failure. That of explain is 0 if the request would be accepted, 1 if not.
+// Configuration comes from the environment; a flag of the same name overrides a
+// variable. Logs are JSON lines on standard error. The exit status is 0 after
+// SIGTERM or SIGINT, 2 after a mistake in the configuration, and 1 after any
+// other failure. explain exits with 0 if web would accept the request, else 1.
 package main
 
 import (
@@ -39,7 +39,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -65,46 +64,73 @@ var commands = []command{
 	{"version", "print the version", runVersion},
 }
 
+// http2TimeoutSeconds is how long a connection to the API server may be idle
+// before it is pinged, and how long the answer may take.
+const http2TimeoutSeconds = 5
+
 func main() {
+	// client-go reads these limits from the environment alone. With its own, a
+	// dead connection would hold the watch and patches for 45 s.
+	for _, name := range []string{"HTTP2_READ_IDLE_TIMEOUT_SECONDS", "HTTP2_PING_TIMEOUT_SECONDS"} {
+		if os.Getenv(name) == "" {
+			os.Setenv(name, strconv.Itoa(http2TimeoutSeconds))
+		}
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	// A second signal finds no handler and ends the process at once.
-	context.AfterFunc(ctx, stop)
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
-	if err == nil {
-		return
-	}
-	if usage := (usageError{}); errors.As(err, &usage) {
-		fmt.Fprintf(os.Stderr, "kuberollouttrigger: %v\n", err)
-		os.Exit(2)
-	}
-	if errors.Is(err, errDenied) { // explain has said why
-		os.Exit(1)
-	}
-	newLogger(os.Stderr, slog.LevelError).Error("exiting", "err", err)
-	os.Exit(1)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	os.Exit(exitStatus(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr), os.Stderr))
 }
 
-// run is the program. It returns when ctx is done and all that was in flight is
+// exitStatus reports the error of run.
+func exitStatus(err error, stderr io.Writer) int {
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, new(usageError)):
+		fmt.Fprintf(stderr, "kuberollouttrigger: %v\n", err)
+		return 2
+	case errors.Is(err, errDenied): // explain has printed why
+		return 1
+	default:
+		newLogger(stderr, slog.LevelError).Error("exiting", "err", err)
+		return 1
+	}
+}
+
+// run is the program. It returns when ctx is done and everything in flight is
 // finished, or when it cannot go on.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
 		return usageError{errors.New("a subcommand is missing; see kuberollouttrigger help")}
 	}
-	switch args[0] {
+	name := args[0]
+	switch name {
 	case "help", "-h", "-help", "--help":
 		printHelp(stdout)
 		return nil
+	case "-version", "--version":
+		name = "version"
 	}
 	for _, c := range commands {
-		if c.name == args[0] {
-			return c.run(ctx, args[1:], getenv, stdout, stderr)
+		if c.name != name {
+			continue
 		}
+		err := c.run(ctx, args[1:], getenv, stdout, stderr)
+		if errors.Is(err, flag.ErrHelp) { // -h was given and answered
+			return nil
+		}
+		return err
 	}
-	return usageError{fmt.Errorf("unknown subcommand %q; see kuberollouttrigger help", args[0])}
+	if name == "dev" {
+		return usageError{errors.New("the subcommand dev is only in a development build: go run -tags dev . dev")}
+	}
+	return usageError{fmt.Errorf("unknown subcommand %q; see kuberollouttrigger help", name)}
 }
 
 func printHelp(w io.Writer) {
-	fmt.Fprint(w, "kuberollouttrigger restarts the Deployments that run a container image\nas soon as a GitHub Actions job has pushed it.\n\nusage: kuberollouttrigger <subcommand> [flags]\n\n")
+	fmt.Fprint(w, "kuberollouttrigger restarts the Deployments that run a container image\n"+
+		"as soon as a GitHub Actions job has pushed it.\n\n"+
+		"usage: kuberollouttrigger <subcommand> [flags]\n\n")
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)
 	}
@@ -130,26 +156,27 @@ func versionString() string {
 	return "unknown"
 }
 
-// configure reads the options of m and makes the logger. help is true if -h was
-// given and answered.
-func configure(m mode, args []string, getenv func(string) string, stdout, stderr io.Writer) (cfg *config, log *slog.Logger, help bool, err error) {
-	cfg, err = parseConfig(m, args, getenv)
+// configure reads the options of a subcommand. It answers -h, and then returns
+// flag.ErrHelp.
+func configure(subcommand string, cfg configuration, args []string, getenv func(string) string, stdout io.Writer) error {
+	err := parseConfig(subcommand, cfg, args, getenv)
 	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintf(stdout, "usage: kuberollouttrigger %s [flags]\n\nA flag overrides the variable of the same name.\n\n", m)
-		printOptions(stdout, m)
-		return nil, nil, true, nil
+		fmt.Fprintf(stdout, "usage: kuberollouttrigger %s [flags]\n\nA flag overrides the variable of the same name.\n\n", subcommand)
+		printOptions(stdout, cfg.options())
 	}
-	if err != nil {
-		return nil, nil, false, err
-	}
-	log = newLogger(stderr, cfg.LogLevel)
-	klog.SetSlogLogger(log) // client-go's own messages
-	log.Info("starting", "mode", m.String(), "version", versionString())
-	return cfg, log, false, nil
+	return err
 }
 
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+// startLog makes the log of a process, which client-go writes to as well.
+func startLog(w io.Writer, level slog.Level, mode string) *slog.Logger {
+	log := newLogger(w, level)
+	klog.SetSlogLogger(log)
+	log.Info("starting", "mode", mode, "version", versionString())
+	return log
 }
 
 // sanitize makes text from outside fit for a line of a log or an error:
@@ -172,119 +199,99 @@ func sanitize(s string) string {
 }
 
 func runWeb(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	cfg, log, help, err := configure(webMode, args, getenv, stdout, stderr)
-	if err != nil || help {
+	cfg := &webConfig{}
+	if err := configure("web", cfg, args, getenv, stdout); err != nil {
 		return err
 	}
-	// Keys are fetched from the issuer alone: a redirect is not followed.
-	return serveWeb(ctx, cfg, http.DefaultClient, log)
+	return serveWeb(ctx, cfg, http.DefaultClient, startLog(stderr, cfg.LogLevel, "web"))
 }
 
-// serveWeb is web with its one dependency on the outside besides Valkey: the
-// client that fetches the issuer's keys.
-func serveWeb(ctx context.Context, cfg *config, issuer *http.Client, log *slog.Logger) error {
-	policy := newPolicy(cfg.Web.Orgs, cfg.Web.OrgIDs, cfg.Web.TrustPolicy)
-	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Web.Orgs, "org_ids", cfg.Web.OrgIDs,
-		"issuer", cfg.Web.Issuer, "audience", cfg.Web.Audience)
+// serveWeb runs web; issuer is the client that fetches the issuer's keys.
+func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slog.Logger) error {
+	policy := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
+	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Orgs, "org_ids", cfg.OrgIDs,
+		"issuer", cfg.Issuer, "audience", cfg.Audience)
 	if rules := policy.strangers(); len(rules) > 0 {
 		log.Warn("event_name has a star that takes in pull_request_target or workflow_run: name the events, for these may run a stranger's code", "rules", rules)
 	}
-	verifier := newVerifier(cfg.Web.Issuer, cfg.Web.Audience, issuer, log, time.Now)
+	verifier := newVerifier(cfg.Issuer, cfg.Audience, issuer, log, time.Now)
 	publisher, err := newPublisher(cfg.Valkey, log)
 	if err != nil {
 		return err
 	}
 	defer publisher.close()
 
-	var stopping atomic.Bool
-	ops, err := listen("ops", cfg.OpsListenAddr, opsHandler(&stopping, func(ctx context.Context) error {
+	s := &service{task: func(ctx context.Context) error {
+		verifier.run(ctx)
+		return nil
+	}}
+	ready := func(ctx context.Context) error {
 		if err := verifier.ready(); err != nil {
 			return err
 		}
 		return publisher.ready(ctx)
-	}), log)
-	if err != nil {
+	}
+	if s.ops, err = listen("ops", cfg.OpsListenAddr, s.probes(ready), log); err != nil {
 		return err
 	}
-	front, err := listen("web", cfg.Web.ListenAddr,
-		&web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish}, log)
-	if err != nil {
+	api := &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish}
+	if s.public, err = listen("web", cfg.ListenAddr, api, log); err != nil {
 		return err
 	}
-	return serveAll(ctx, ops, front, &stopping, func(ctx context.Context) error {
-		verifier.run(ctx)
-		return nil
-	})
+	return s.run(ctx)
 }
 
 func runWorker(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	cfg, log, help, err := configure(workerMode, args, getenv, stdout, stderr)
-	if err != nil || help {
+	cfg := &workerConfig{InCluster: inCluster(getenv)}
+	if err := configure("worker", cfg, args, getenv, stdout); err != nil {
 		return err
 	}
-	client, err := newKubernetesClient(cfg.Worker)
+	log := startLog(stderr, cfg.LogLevel, "worker")
+	client, err := newKubernetesClient(*cfg)
 	if err != nil {
 		return err
 	}
 	return serveWorker(ctx, cfg, client, log)
 }
 
-// serveWorker is worker with the client of the cluster that it restarts.
-func serveWorker(ctx context.Context, cfg *config, client dynamic.Interface, log *slog.Logger) error {
+// serveWorker runs worker with the client of its cluster.
+func serveWorker(ctx context.Context, cfg *workerConfig, client dynamic.Interface, log *slog.Logger) error {
 	source, err := newSubscriber(cfg.Valkey, log)
 	if err != nil {
 		return err
 	}
 	defer source.close()
-	worker := newWorker(cfg.Worker, cfg.ImagePrefixes, client, source, log, time.Now)
+	worker := newWorker(*cfg, cfg.ImagePrefixes, client, source, log, time.Now)
 
-	var stopping atomic.Bool
-	ops, err := listen("ops", cfg.OpsListenAddr, opsHandler(&stopping, func(context.Context) error {
-		return worker.ready()
-	}), log)
+	s := &service{task: worker.run}
+	s.ops, err = listen("ops", cfg.OpsListenAddr, s.probes(func(context.Context) error { return worker.ready() }), log)
 	if err != nil {
 		return err
 	}
-	return serveAll(ctx, ops, nil, &stopping, worker.run)
+	return s.run(ctx)
 }
 
-// http2TimeoutSeconds is how long a connection to the API server may be idle
-// before it is pinged, and how long the answer may take.
-const http2TimeoutSeconds = 5
+// serviceAccountToken is where a pod finds its ServiceAccount's token. Tests
+// change it.
+var serviceAccountToken = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+
+// inCluster says whether this is a pod with a ServiceAccount.
+func inCluster(getenv func(string) string) bool {
+	_, err := os.Stat(serviceAccountToken)
+	return err == nil && getenv("KUBERNETES_SERVICE_HOST") != ""
+}
 
 // newKubernetesClient uses KUBECONFIG, which may list several files, or the
-// ServiceAccount of the pod.
+// pod's ServiceAccount.
 func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
-	var rc *rest.Config
-	var err error
-	if cfg.Kubeconfig == "" {
-		rc, err = rest.InClusterConfig()
-		if errors.Is(err, rest.ErrNotInCluster) {
-			return nil, usageError{errors.New("KUBECONFIG (--kubeconfig) is not set, and this is not a pod in a cluster")}
-		}
-		if err != nil {
-			err = fmt.Errorf("reading the pod's Kubernetes configuration: %w", err)
-		}
-	} else {
-		rc, err = readKubeconfig(cfg.Kubeconfig)
-		if err != nil {
-			err = usageError{fmt.Errorf("KUBECONFIG (--kubeconfig): %q: %w", cfg.Kubeconfig, err)}
-		}
-	}
+	rc, err := readKubeconfig(cfg.Kubeconfig)
 	if err != nil {
 		return nil, err
 	}
 	// client-go would send 5 requests a second. WORKER_CONCURRENCY bounds what
-	// is in flight, and the server's own flow control does the rest.
+	// is in flight, and the API server's own flow control does the rest.
 	rc.QPS = -1
 	rc.Wrap(surfaceRetryAfter)
-	// A connection that is silently dead would hold watch and patches for 45 s.
-	// client-go reads these limits from the environment alone.
-	for _, name := range []string{"HTTP2_READ_IDLE_TIMEOUT_SECONDS", "HTTP2_PING_TIMEOUT_SECONDS"} {
-		if os.Getenv(name) == "" {
-			os.Setenv(name, strconv.Itoa(http2TimeoutSeconds))
-		}
-	}
 	rc.UserAgent = "kuberollouttrigger/" + strings.ReplaceAll(versionString(), " ", "_")
 	client, err := dynamic.NewForConfig(rc)
 	if err != nil {
@@ -293,17 +300,28 @@ func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
 	return client, nil
 }
 
-// readKubeconfig reads one file, or a list of them. clientcmd's usual loader
-// would fall back to the cluster that the pod is in if it found none of them,
-// and restart what runs there.
-func readKubeconfig(list string) (*rest.Config, error) {
-	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(list)}
+// readKubeconfig reads the files of KUBECONFIG. The usual loader of clientcmd
+// falls back to the cluster of this pod if it finds none of them, and the worker
+// would restart Deployments in the wrong cluster.
+func readKubeconfig(files string) (*rest.Config, error) {
+	if files == "" {
+		rc, err := rest.InClusterConfig()
+		if err != nil {
+			return nil, fmt.Errorf("reading the pod's Kubernetes configuration: %w", err)
+		}
+		return rc, nil
+	}
+	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(files)}
 	merged, err := rules.Load()
+	if err == nil && len(merged.Clusters) == 0 {
+		err = errors.New("expected a kubeconfig with a cluster")
+	}
+	var rc *rest.Config
+	if err == nil {
+		rc, err = clientcmd.NewNonInteractiveClientConfig(*merged, "", nil, rules).ClientConfig()
+	}
 	if err != nil {
-		return nil, err
+		return nil, usageError{fmt.Errorf("KUBECONFIG (--kubeconfig): %q: %w", files, err)}
 	}
-	if len(merged.Clusters) == 0 {
-		return nil, errors.New("expected a kubeconfig with a cluster")
-	}
-	return clientcmd.NewNonInteractiveClientConfig(*merged, "", nil, rules).ClientConfig()
+	return rc, nil
 }

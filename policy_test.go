@@ -41,11 +41,11 @@ func readPolicy(orgs, ownerIDs []string, trust string) (*policy, error) {
 	vars["GITHUB_ALLOWED_ORG"] = strings.Join(orgs, ",")
 	vars["GITHUB_ALLOWED_ORG_ID"] = strings.Join(ownerIDs, ",")
 	vars["TRUST_POLICY"] = trust
-	cfg, err := parseConfig(webMode, nil, env(vars))
-	if err != nil {
+	cfg := &webConfig{}
+	if err := parseConfig("web", cfg, nil, env(vars)); err != nil {
 		return nil, err
 	}
-	return newPolicy(cfg.Web.Orgs, cfg.Web.OrgIDs, cfg.Web.TrustPolicy), nil
+	return newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy), nil
 }
 
 func TestPolicyOwners(t *testing.T) {

@@ -1,0 +1,331 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// pipeListener is a listener without a network, so that the time of a synctest
+// bubble passes for the servers in it.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	close  func()
+}
+
+func newPipeListener() *pipeListener {
+	closed := make(chan struct{})
+	return &pipeListener{make(chan net.Conn), closed, sync.OnceFunc(func() { close(closed) })}
+}
+
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "pipe", Net: "pipe"} }
+func (l *pipeListener) Close() error   { l.close(); return nil }
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// dial waits until the connection is accepted.
+func (l *pipeListener) dial() (net.Conn, error) {
+	client, server := net.Pipe()
+	select {
+	case l.conns <- server:
+		return client, nil
+	case <-l.closed:
+		return nil, syscall.ECONNREFUSED
+	}
+}
+
+// do sends a request on a connection of its own.
+func (l *pipeListener) do(request string) (resp *http.Response, body string, err error) {
+	conn, err := l.dial()
+	if err != nil {
+		return nil, "", err
+	}
+	defer conn.Close()
+	if _, err := io.WriteString(conn, request); err != nil {
+		return nil, "", err
+	}
+	if resp, err = http.ReadResponse(bufio.NewReader(conn), nil); err != nil {
+		return nil, "", err
+	}
+	text, err := io.ReadAll(resp.Body)
+	return resp, string(text), err
+}
+
+// get returns status and body, or 0 and the error.
+func (l *pipeListener) get(path string) (status int, body string) {
+	resp, body, err := l.do("GET " + path + " HTTP/1.1\r\nHost: test\r\n\r\n")
+	if err != nil {
+		return 0, err.Error()
+	}
+	return resp.StatusCode, body
+}
+
+// testService is a running service in a synctest bubble.
+type testService struct {
+	service
+	public, ops *pipeListener
+	taskDone    atomic.Bool
+	cancel      context.CancelFunc
+	served      chan error
+}
+
+// startService serves h on the public port. The task waits for its context.
+func startService(t *testing.T, h http.Handler, ready func(context.Context) error) *testService {
+	s := &testService{public: newPipeListener(), ops: newPipeListener(), served: make(chan error, 1)}
+	s.task = func(ctx context.Context) error {
+		<-ctx.Done()
+		s.taskDone.Store(true)
+		return nil
+	}
+	log := slog.New(slog.DiscardHandler)
+	s.service.public = newListener("web", s.public, h, log)
+	s.service.ops = newListener("ops", s.ops, s.probes(ready), log)
+	ctx, cancel := context.WithCancel(t.Context())
+	s.cancel = cancel
+	go func() { s.served <- s.run(ctx) }()
+	synctest.Wait()
+	return s
+}
+
+func alwaysReady(context.Context) error { return nil }
+
+// A service that is told to stop answers what is in flight, and what still
+// arrives until everybody knows.
+func TestDrain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		s := startService(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/slow" {
+				<-release
+			}
+			io.WriteString(w, "done")
+		}), alwaysReady)
+		expect := func(l *pipeListener, path string, status int, body string) {
+			t.Helper()
+			if got, text := l.get(path); got != status || text != body {
+				t.Errorf("%s: %d %q, want %d %q", path, got, text, status, body)
+			}
+		}
+		expect(s.ops, "/readyz", 200, "ok\n")
+		answer := make(chan string, 1)
+		go func() {
+			_, body := s.public.get("/slow")
+			answer <- body
+		}()
+		synctest.Wait()
+		s.cancel()
+		synctest.Wait()
+		expect(s.ops, "/readyz", 503, "stopping\n")
+		expect(s.ops, "/healthz", 200, "ok\n")
+		time.Sleep(lameDuck / 2)
+		expect(s.public, "/", 200, "done")
+		time.Sleep(lameDuck)
+		expect(s.public, "/", 0, syscall.ECONNREFUSED.Error())
+		expect(s.ops, "/healthz", 200, "ok\n")
+		if s.taskDone.Load() {
+			t.Error("the task was stopped before the requests were answered")
+		}
+		close(release)
+		if body := <-answer; body != "done" {
+			t.Errorf("the request in flight got %q", body)
+		}
+		if err := <-s.served; err != nil || !s.taskDone.Load() {
+			t.Errorf("run: %v", err)
+		}
+		expect(s.ops, "/healthz", 0, syscall.ECONNREFUSED.Error())
+	})
+}
+
+// A request that never ends holds up the process for a bounded time.
+func TestDrainIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := startService(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }), alwaysReady)
+		go s.public.get("/")
+		synctest.Wait()
+		start := time.Now()
+		s.cancel()
+		err := <-s.served
+		if took := time.Since(start); !errors.Is(err, context.DeadlineExceeded) || took != lameDuck+drainTimeout {
+			t.Errorf("after %s: %v", took, err)
+		}
+	})
+}
+
+// While web is being replaced, no request is dropped: not one that is sent to
+// it, nor one on a connection that it closes at the same moment.
+func TestDrainUnderLoad(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := startService(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			time.Sleep(2 * time.Millisecond)
+			io.WriteString(w, "done")
+		}), alwaysReady)
+		var dropped, kept, answered atomic.Int64
+		var clients sync.WaitGroup
+		end := time.Now().Add(100*time.Millisecond + lameDuck/2)
+		for range 20 {
+			clients.Go(func() {
+				for time.Now().Before(end) {
+					switch resp, _, err := s.public.do("POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 2\r\n\r\n{}"); {
+					case err != nil:
+						dropped.Add(1)
+					case !resp.Close:
+						kept.Add(1)
+					default:
+						answered.Add(1)
+					}
+					time.Sleep(rand.N(4 * time.Millisecond))
+				}
+			})
+		}
+		time.Sleep(100 * time.Millisecond)
+		s.cancel()
+		clients.Wait()
+		if err := <-s.served; err != nil || dropped.Load() > 0 || kept.Load() > 0 || answered.Load() < 100 {
+			t.Errorf("%v: %d requests were dropped, %d connections kept, %d answered", err, dropped.Load(), kept.Load(), answered.Load())
+		}
+	})
+}
+
+// A task or a server that breaks ends the process with its error.
+func TestServiceFails(t *testing.T) {
+	broken := errors.New("broken")
+	synctest.Test(t, func(t *testing.T) {
+		s := &service{task: func(context.Context) error { return broken }}
+		s.ops = newListener("ops", newPipeListener(), s.probes(alwaysReady), slog.New(slog.DiscardHandler))
+		if err := s.run(t.Context()); !errors.Is(err, broken) {
+			t.Errorf("a broken task: %v", err)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		s := startService(t, http.NotFoundHandler(), alwaysReady)
+		s.public.Close()
+		if err := <-s.served; !errors.Is(err, net.ErrClosed) || !strings.Contains(err.Error(), "serving web") || !s.taskDone.Load() {
+			t.Errorf("a broken server: %v", err)
+		}
+	})
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	if _, err := listen("ops", taken.Addr().String(), nil, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "listening for ops") {
+		t.Errorf("a port in use: %v", err)
+	}
+}
+
+// A readiness check that hangs is answered before the kubelet gives up.
+func TestProbeTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := startService(t, http.NotFoundHandler(), func(ctx context.Context) error {
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		start := time.Now()
+		if status, _ := s.ops.get("/readyz"); status != 503 || time.Since(start) >= time.Second {
+			t.Errorf("%d after %s", status, time.Since(start))
+		}
+		s.cancel()
+		<-s.served
+	})
+}
+
+// Connections beyond the bound wait until another one is closed.
+func TestConnectionsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := startService(t, http.NotFoundHandler(), alwaysReady)
+		conns := make([]net.Conn, maxConnections)
+		for i := range conns {
+			conn, err := s.public.dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			conns[i] = conn
+		}
+		answered := make(chan int, 1)
+		go func() {
+			status, _ := s.public.get("/")
+			answered <- status
+		}()
+		synctest.Wait()
+		select {
+		case status := <-answered:
+			t.Errorf("one connection more was served: %d", status)
+		default:
+		}
+		conns[0].Close()
+		if status := <-answered; status != 404 {
+			t.Errorf("with a free place: %d", status)
+		}
+		for _, conn := range conns {
+			conn.Close()
+		}
+		s.cancel()
+		<-s.served
+	})
+}
+
+// A client that is slow on purpose is cut off, with a valid token as well.
+func TestSlowClients(t *testing.T) {
+	issuer := newTestIssuer(t)
+	for _, tt := range []struct {
+		name, head string
+		token      bool
+		limit      time.Duration
+	}{
+		{"says nothing", "", false, 5 * time.Second},
+		{"half a header", "POST /event HTTP/1.1\r\nHost: x\r\n", false, 5 * time.Second},
+		{"half a body", "POST /event HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n", true, 10 * time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			log := slog.New(slog.DiscardHandler)
+			v := newVerifier(issuer.URL, testAudience, issuer.offline(), log, time.Now)
+			if err := v.refresh(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			h := &web{log: log, verifier: v, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"},
+				publish: func(context.Context, []string) (int64, int64, error) {
+					t.Error("something was published")
+					return 0, 0, nil
+				}}
+			s := startService(t, h, alwaysReady)
+			head := tt.head
+			if tt.token {
+				head += "Authorization: Bearer " + issuer.token(t, issuer.claims()) + "\r\n\r\n{"
+			}
+			conn, err := s.public.dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			if _, err := io.WriteString(conn, head); err != nil {
+				t.Fatal(err)
+			}
+			answer, _ := io.ReadAll(conn)
+			if took := time.Since(start); took > tt.limit+time.Second || tt.token != strings.Contains(string(answer), "the body could not be read") {
+				t.Errorf("%s: cut off after %s with %q", tt.name, took, answer)
+			}
+			s.cancel()
+			<-s.served
+		})
+	}
+}
