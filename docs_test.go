@@ -590,11 +590,14 @@ func TestManifestsConfigure(t *testing.T) {
 				t.Errorf("%s: %s is %q, not from a Secret", m, o.env, vars[o.env])
 			}
 		}
-		getenv := env(vars)
+		getenv := func(name string) string { return strings.ReplaceAll(vars[name], placeholder, "acme") }
 		web, worker := &webConfig{}, &workerConfig{InCluster: true}
 		cfg, common := configuration(web), &web.commonConfig
 		if m == "worker" {
 			cfg, common = worker, &worker.commonConfig
+		}
+		if err := parseConfig(m, cfg, nil, env(vars)); err == nil {
+			t.Errorf("%s starts with the placeholders of k8s", m)
 		}
 		if err := parseConfig(m, cfg, nil, getenv); err != nil {
 			t.Fatalf("%s cannot start with what k8s says: %v", m, err)
