@@ -88,6 +88,7 @@ type publisher struct {
 	client     valkey.Client
 	channel    string
 	publishing chan struct{} // a place for each script in flight
+	timeout    time.Duration
 }
 
 // newPublisher does not need Valkey to be there: the client connects again by
@@ -100,7 +101,7 @@ func newPublisher(cfg valkeyConfig, log *slog.Logger) (*publisher, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &publisher{client, cfg.Channel, make(chan struct{}, maxPublishing)}, nil
+	return &publisher{client, cfg.Channel, make(chan struct{}, maxPublishing), publishTimeout}, nil
 }
 
 // publish records the images and announces them; all or none. It returns T in
@@ -113,7 +114,7 @@ func (p *publisher) publish(ctx context.Context, images []string) (requestedAt, 
 	default:
 		return 0, 0, errBusy
 	}
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	args := append([]string{p.channel}, images...)
 	reply, err := publishScript.Exec(ctx, p.client, []string{requestedKey(p.channel)}, args).ToArray()
