@@ -68,6 +68,13 @@ var commands = []command{
 // before it is pinged, and how long the answer may take.
 const http2TimeoutSeconds = 5
 
+const usage = `kuberollouttrigger restarts the Deployments that run a container image
+as soon as a GitHub Actions job has pushed it.
+
+usage: kuberollouttrigger <subcommand> [flags]
+
+`
+
 func main() {
 	// client-go reads these limits from the environment alone. With its own, a
 	// dead connection would hold the watch and patches for 45 s.
@@ -78,13 +85,14 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	os.Exit(exitStatus(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr), os.Stderr))
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	os.Exit(exitStatus(err, os.Stderr))
 }
 
 // exitStatus reports the error of run.
 func exitStatus(err error, stderr io.Writer) int {
 	switch {
-	case err == nil:
+	case err == nil, errors.Is(err, flag.ErrHelp): // -h was answered
 		return 0
 	case errors.As(err, new(usageError)):
 		fmt.Fprintf(stderr, "kuberollouttrigger: %v\n", err)
@@ -112,14 +120,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		name = "version"
 	}
 	for _, c := range commands {
-		if c.name != name {
-			continue
+		if c.name == name {
+			return c.run(ctx, args[1:], getenv, stdout, stderr)
 		}
-		err := c.run(ctx, args[1:], getenv, stdout, stderr)
-		if errors.Is(err, flag.ErrHelp) { // -h was given and answered
-			return nil
-		}
-		return err
 	}
 	if name == "dev" {
 		return usageError{errors.New("the subcommand dev is only in a development build: go run -tags dev . dev")}
@@ -128,9 +131,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 }
 
 func printHelp(w io.Writer) {
-	fmt.Fprint(w, "kuberollouttrigger restarts the Deployments that run a container image\n"+
-		"as soon as a GitHub Actions job has pushed it.\n\n"+
-		"usage: kuberollouttrigger <subcommand> [flags]\n\n")
+	fmt.Fprint(w, usage)
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)
 	}
@@ -212,7 +213,7 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Orgs, "org_ids", cfg.OrgIDs,
 		"issuer", cfg.Issuer, "audience", cfg.Audience)
 	if rules := policy.strangers(); len(rules) > 0 {
-		log.Warn("event_name has a star that takes in pull_request_target or workflow_run: name the events, for these may run a stranger's code", "rules", rules)
+		log.Warn("a wildcard in event_name matches pull_request_target or workflow_run, which may run untrusted code: name the events", "rules", rules)
 	}
 	verifier := newVerifier(cfg.Issuer, cfg.Audience, issuer, log, time.Now)
 	publisher, err := newPublisher(cfg.Valkey, log)

@@ -68,7 +68,7 @@ func TestCommandLine(t *testing.T) {
 			stderr: `"msg":"policy","rules":["default rule: event_name=\"push\"|\"workflow_dispatch\"|\"repository_dispatch\"|\"release\"|\"schedule\"|\"registry_package\"|\"deployment\" may restart \"*\""],"prefixes":["ghcr.io/acme"],"orgs":["acme","b"],"org_ids":["7"],"issuer":"https://token.actions.githubusercontent.com","audience":"a"}`},
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0",
 			vars: []string{"TRUST_POLICY=- {claims: {event_name: pull_request_target}, images: ['*']}\n- {claims: {event_name: 'w*'}, images: ['*']}"}, code: 1,
-			stderr: `name the events, for these may run a stranger's code","rules":["rule 2"]}`},
+			stderr: `which may run untrusted code: name the events","rules":["rule 2"]}`},
 		{args: "web --valkey-password= " + password, code: 2, stderr: "unexpected argument; write --name=value"},
 		{args: "version -h", stdout: "kuberollouttrigger "},
 		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=testdata/kubeconfig --valkey-tls-enabled --valkey-tls-ca-file=go.mod", code: 2, stderr: `VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): "go.mod": expected a file with a PEM certificate`},

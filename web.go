@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// retryAfter is the Retry-After, in seconds, of a request that could not be
-// taken: Valkey and GitHub are usually back by then.
+// retryAfter is the Retry-After of a 503, in seconds. Valkey and GitHub are
+// usually back by then.
 const retryAfter = "2"
 
 // web is the public HTTP API.
@@ -25,7 +25,7 @@ type web struct {
 	verifier *verifier
 	policy   *policy
 	prefixes imagePrefixes
-	// publish records the images and announces them, all or none.
+	// publish writes the images to the ledger and publishes them, all or none.
 	publish func(ctx context.Context, images []string) (requestedAt, subscribers int64, err error)
 }
 
@@ -33,19 +33,25 @@ type web struct {
 type accepted struct {
 	Images      []string `json:"images"`
 	RequestedAt string   `json:"requestedAt"` // RFC 3339, UTC, microseconds
-	Subscribers int64    `json:"subscribers"` // workers that heard it at once
+	Subscribers int64    `json:"subscribers"` // workers that received it at once
 }
 
-// denial is an answer other than 202, and why. What the caller may know is in
-// answer; reason is for the log alone, and repeats nothing of the request that
-// is not escaped and cut.
+// denial is an answer other than 202. The caller sees answer; reason is for the
+// log. Foreign text in either is sanitized.
 type denial struct {
 	status int
-	answer string // "" for the bare denial that tells nothing
+	answer string // empty: no detail
 	reason error
 }
 
 func (d *denial) Error() string { return d.reason.Error() }
+
+// deny tells the caller nothing but the status.
+func deny(status int, reason error) error { return &denial{status, "", reason} }
+
+// denyWithReason tells the caller the reason as well. Only an authenticated one
+// may learn it.
+func denyWithReason(status int, reason error) error { return &denial{status, reason.Error(), reason} }
 
 // ServeHTTP answers POST /event and GET /healthz, and nothing else.
 func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -80,14 +86,15 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 	log := s.log.With("request_id", id, "remote", r.RemoteAddr)
 
 	c, a, err := s.event(w, r)
-	if c != nil { // the token is GitHub's: say whose
+	if c != nil { // the token is verified
 		for _, name := range []string{"repository", "event_name", "ref", "run_id"} {
 			log = log.With(name, sanitize(c[name]))
 		}
 	}
 	log = log.With("duration", time.Since(start).String())
 	if err == nil {
-		log.Info("accepted", "status", http.StatusAccepted, "images", a.Images, "requested_at", a.RequestedAt, "subscribers", a.Subscribers)
+		log.Info("accepted", "status", http.StatusAccepted, "images", a.Images, "requested_at", a.RequestedAt,
+			"subscribers", a.Subscribers)
 		writeJSON(w, http.StatusAccepted, a)
 		return
 	}
@@ -103,7 +110,7 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 	d.write(w)
 }
 
-// write sends the answer. Who is not authenticated learns nothing from it.
+// write sends the answer.
 func (d *denial) write(w http.ResponseWriter) {
 	switch d.status {
 	case http.StatusUnauthorized:
@@ -122,10 +129,10 @@ func (d *denial) write(w http.ResponseWriter) {
 	http.Error(w, text, d.status)
 }
 
-// event does what POST /event asks for: the token before the claims, the claims
-// before the body, so that nobody without a right to ask gets a word about the
-// body. The claims are returned as soon as they are verified. A panic is an
-// error as any other: net/http would close the connection without an answer.
+// event handles POST /event: first the token, then the claims, then the body, so
+// that only an authorized job learns what is wrong with its body. The claims are
+// returned as soon as they are verified. A panic becomes an error, because
+// net/http would close the connection without an answer.
 func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accepted, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -134,17 +141,17 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 	}()
 	token, err := bearerToken(r)
 	if err != nil {
-		return nil, nil, &denial{http.StatusUnauthorized, "", err}
+		return nil, nil, deny(http.StatusUnauthorized, err)
 	}
 	c, err = s.verifier.verify(token)
 	if errors.Is(err, errNoKeys) {
-		return nil, nil, &denial{http.StatusServiceUnavailable, "", err}
+		return nil, nil, deny(http.StatusServiceUnavailable, err)
 	}
 	if err != nil {
-		return nil, nil, &denial{http.StatusUnauthorized, "", err}
+		return nil, nil, deny(http.StatusUnauthorized, err)
 	}
 	if err := s.policy.admit(c); err != nil {
-		return c, nil, &denial{http.StatusForbidden, "", err}
+		return c, nil, deny(http.StatusForbidden, err)
 	}
 	images, err := readImages(w, r)
 	if err != nil {
@@ -153,11 +160,11 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 	for _, image := range images {
 		if !s.prefixes.allows(image) {
 			err := fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image)
-			return c, nil, &denial{http.StatusForbidden, err.Error(), err}
+			return c, nil, denyWithReason(http.StatusForbidden, err)
 		}
 	}
 	if err := s.policy.allow(c, images); err != nil {
-		return c, nil, &denial{http.StatusForbidden, err.Error(), err}
+		return c, nil, denyWithReason(http.StatusForbidden, err)
 	}
 	requestedAt, subscribers, err := s.publish(r.Context(), images)
 	if err != nil {
@@ -166,9 +173,8 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 	return c, &accepted{images, formatTime(requestedAt), subscribers}, nil
 }
 
-// bearerToken takes the token out of the one Authorization header (RFC 6750,
-// section 2.1; the scheme in any case, RFC 9110, section 11.1). A token in the
-// query or the body is not looked for.
+// bearerToken reads the one Authorization header (RFC 6750, section 2.1). The
+// scheme may be in any case (RFC 9110, section 11.1).
 func bearerToken(r *http.Request) (string, error) {
 	headers := r.Header.Values("Authorization")
 	if len(headers) != 1 {
@@ -181,28 +187,26 @@ func bearerToken(r *http.Request) (string, error) {
 	return token, nil
 }
 
-// readImages reads the body; its error is a denial that tells the job what to
-// mend.
+// readImages reads the body. Its error tells the job what to fix.
 func readImages(w http.ResponseWriter, r *http.Request) ([]string, error) {
-	tell := func(status int, err error) error { return &denial{status, err.Error(), err} }
 	types := r.Header.Values("Content-Type")
 	if len(types) != 1 {
-		return nil, tell(http.StatusUnsupportedMediaType, errors.New("expected one header Content-Type: application/json"))
+		return nil, denyWithReason(http.StatusUnsupportedMediaType, errors.New("expected one header Content-Type: application/json"))
 	}
 	media, params, err := mime.ParseMediaType(types[0])
 	if charset := params["charset"]; err != nil || media != "application/json" || charset != "" && !strings.EqualFold(charset, "utf-8") {
-		return nil, tell(http.StatusUnsupportedMediaType, errors.New("expected Content-Type: application/json"))
+		return nil, denyWithReason(http.StatusUnsupportedMediaType, errors.New("expected Content-Type: application/json"))
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRequestBytes))
 	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		return nil, tell(http.StatusRequestEntityTooLarge, fmt.Errorf("the body is larger than %d bytes; send fewer tags", tooLarge.Limit))
+		return nil, denyWithReason(http.StatusRequestEntityTooLarge, fmt.Errorf("the body is larger than %d bytes; send fewer tags", tooLarge.Limit))
 	}
-	if err != nil {
-		return nil, tell(http.StatusBadRequest, errors.New("the body could not be read"))
+	if err != nil { // a slow or broken client
+		return nil, denyWithReason(http.StatusBadRequest, errors.New("the body could not be read"))
 	}
 	images, err := parseRequest(body)
 	if err != nil {
-		return nil, tell(http.StatusBadRequest, err)
+		return nil, denyWithReason(http.StatusBadRequest, err)
 	}
 	return images, nil
 }
@@ -211,6 +215,6 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false) // plain text for a job's log, never HTML
+	enc.SetEscapeHTML(false) // a job's log shows it as plain text
 	enc.Encode(v)            // a client that is gone cannot be told
 }
