@@ -212,7 +212,7 @@ func caFile(t *testing.T) string {
 }
 
 // The restart interval is at most half of the catch-up window.
-func TestRestartInterval(t *testing.T) {
+func TestRestartIntervalOption(t *testing.T) {
 	for _, tt := range []struct {
 		interval, catchUp string
 		want              time.Duration // -1: an error

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
@@ -26,175 +26,199 @@ var deploymentsResource = schema.GroupVersionResource{Group: "apps", Version: "v
 // restartedAtAnnotation is what `kubectl rollout restart` sets too.
 const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
 
-// watchSilence is how long a watch may bring nothing before it is taken for dead
-// and begun anew where it ended. An API server sends a bookmark about every
-// minute; a proxy that has lost the stream behind an open connection does not.
-const watchSilence = 90 * time.Second
+const (
+	// listPage is how many Deployments one page of a list has.
+	listPage = 500
 
-// requestLimit is how long the API server may take to begin a watch or to answer
-// one page of a list. A proxy may hold either for ever.
-const requestLimit = 30 * time.Second
+	// requestTimeout bounds one page of a list, and the start of a watch: a proxy
+	// may hold either forever.
+	requestTimeout = 30 * time.Second
 
-// watchDelay is how long a watch may take to bring a change that is known to
-// have been made.
-const watchDelay = 5 * time.Second
+	// watchAge is when a watch is restarted where it ended, since a stream that
+	// brings nothing cannot be told from one that is stale.
+	watchAge = 2 * time.Minute
 
-// deployment is what worker remembers of a Deployment. Of the embedded metadata
-// only namespace, name, uid, resourceVersion, creationTimestamp and
-// deletionTimestamp are filled. A record is never changed once it is in the
-// cache; a newer one takes its place.
+	// watchGrace is how long a scope may be without a watch before the worker is
+	// not ready.
+	watchGrace = 5 * time.Second
+
+	// Valkey's clock and the API server's may differ. A Deployment counts as
+	// created, or as set to an image, after a request only if it was so by more
+	// than these.
+	createdTolerance = time.Minute
+	updatedTolerance = 10 * time.Second
+)
+
+// deployment is an entry of the cache: what the worker keeps of a Deployment. It
+// never changes once it is in the cache; a newer one replaces it.
 type deployment struct {
-	metav1.ObjectMeta
-	images      []containerImage
-	paused      bool
-	restartedAt string // the pod template's annotation as it stands
-	// restarted is the newest restartedAt of our own form that was seen on this
-	// Deployment. Who takes it away, as a GitOps tool does, is not fought.
-	restarted time.Time
-	// known is since when (worker's clock) the cache has held this Deployment
-	// without a pause. A request heard before that was not offered to it.
-	known time.Time
+	namespace, name string
+	uid             types.UID
+	resourceVersion string
+	created         time.Time // on the API server's clock, as is updated
+	updated         time.Time // newest change of anything but a subresource
+	deleting        bool
+	paused          bool
+	restartedAt     string // the pod template's annotation
+	images          []usedImage
+	// restarted is the newest restart that this worker made or saw. It outlives
+	// the annotation, which a GitOps tool may remove.
+	restarted restart
 }
 
-// GetObjectKind and DeepCopyObject let the reflector carry records.
+// restart is a value of restartedAt, and since when it stands on the worker's
+// clock; zero if that is unknown, as after a list.
+type restart struct {
+	at    string
+	since time.Time
+}
+
+// usedImage is an image that a pod template names, once however often it does.
+type usedImage struct {
+	ref    string // canonical
+	pinned bool   // each use has a digest
+	// pullPolicy is a policy among the uses that lets a node keep a cached image.
+	pullPolicy string
+	// cachedAt is when the cache first had this image here, on the worker's clock.
+	cachedAt time.Time
+	// addedAt is when the Deployment was created with the image or set to it, on
+	// the API server's clock and less the tolerance: earlier requests are older.
+	addedAt time.Time
+}
+
+// GetObjectKind and DeepCopyObject let a list for the reflector carry entries.
 func (d *deployment) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
 
 func (d *deployment) DeepCopyObject() runtime.Object {
-	record := *d
-	return &record
+	entry := *d
+	return &entry
 }
 
-func (d *deployment) key() types.NamespacedName {
-	return types.NamespacedName{Namespace: d.Namespace, Name: d.Name}
+func (d *deployment) key() string { return d.namespace + "/" + d.name }
+
+// image returns what the Deployment says about an image, nil if it is not there.
+func (d *deployment) image(ref string) *usedImage {
+	for i := range d.images {
+		if d.images[i].ref == ref {
+			return &d.images[i]
+		}
+	}
+	return nil
 }
 
-// newDeployment takes what worker needs out of a Deployment as the API server
-// sends it. It walks the maps, because the Nested helpers copy what they return.
+// newDeployment takes from a Deployment what the worker needs.
 func newDeployment(u *unstructured.Unstructured) *deployment {
-	d := &deployment{ObjectMeta: metav1.ObjectMeta{
-		Namespace:         u.GetNamespace(),
-		Name:              u.GetName(),
-		UID:               u.GetUID(),
-		ResourceVersion:   u.GetResourceVersion(),
-		CreationTimestamp: u.GetCreationTimestamp(),
-		DeletionTimestamp: u.GetDeletionTimestamp(),
-	}}
+	d := &deployment{
+		namespace:       u.GetNamespace(),
+		name:            u.GetName(),
+		uid:             u.GetUID(),
+		resourceVersion: u.GetResourceVersion(),
+		created:         u.GetCreationTimestamp().Time,
+		deleting:        u.GetDeletionTimestamp() != nil,
+	}
+	for entry := range children(child(u.Object, "metadata"), "managedFields") {
+		subresource, _ := entry["subresource"].(string)
+		text, _ := entry["time"].(string)
+		if at, err := time.Parse(time.RFC3339, text); err == nil && subresource == "" && at.After(d.updated) {
+			d.updated = at
+		}
+	}
 	spec := child(u.Object, "spec")
 	d.paused, _ = spec["paused"].(bool)
 	template := child(spec, "template")
 	d.restartedAt, _ = child(child(template, "metadata"), "annotations")[restartedAtAnnotation].(string)
-	pod := child(template, "spec")
-	add := func(holder map[string]any, field, pullPolicy string) {
-		image, _ := holder[field].(string)
-		if c, ok := parseContainerImage(image, pullPolicy); ok {
-			d.images = append(d.images, c)
+	d.restarted.at = d.restartedAt
+	for image, pullPolicy := range podImages(child(template, "spec")) {
+		ref, pinned, ok := parseContainerImage(image)
+		if !ok {
+			continue
 		}
-	}
-	for _, field := range []string{"initContainers", "containers"} {
-		for container := range children(pod, field) {
-			policy, _ := container["imagePullPolicy"].(string)
-			add(container, "image", policy)
+		used := d.image(ref)
+		if used == nil {
+			d.images = append(d.images, usedImage{ref: ref, pinned: true})
+			used = &d.images[len(d.images)-1]
 		}
-	}
-	for volume := range children(pod, "volumes") {
-		// https://kubernetes.io/docs/concepts/storage/volumes/#image
-		source := child(volume, "image")
-		policy, _ := source["pullPolicy"].(string)
-		add(source, "reference", policy)
+		used.pinned = used.pinned && pinned
+		if !pinned && pullPolicy != "Always" && used.pullPolicy == "" {
+			used.pullPolicy = pullPolicy
+		}
 	}
 	return d
 }
 
-func child(m map[string]any, name string) map[string]any {
-	c, _ := m[name].(map[string]any)
-	return c
-}
-
-// children yields the objects of a list of objects.
-func children(m map[string]any, name string) func(func(map[string]any) bool) {
-	return func(yield func(map[string]any) bool) {
-		list, _ := m[name].([]any)
-		for _, item := range list {
-			if object, ok := item.(map[string]any); ok && !yield(object) {
-				return
-			}
+// inherit completes an entry with what only the cache knows. previous is the entry
+// that it replaces, nil if there is none; seen is when a restart that is new in it
+// was seen. It reports whether the worker has to look at the Deployment.
+func (d *deployment) inherit(previous *deployment, now, seen time.Time) (look bool) {
+	if previous == nil || previous.uid != d.uid {
+		for i := range d.images {
+			d.images[i].cachedAt, d.images[i].addedAt = now, d.created.Add(-createdTolerance)
 		}
+		return true
 	}
-}
-
-// image returns what the Deployment says of ref: pinned only if every use of it
-// is pinned, and the first pull policy, if any, that does not make a node pull.
-func (d *deployment) image(ref string) (pinned bool, cachedBy string) {
-	pinned = true
-	for _, c := range d.images {
-		if c.ref != ref || c.pinned {
+	look = previous.paused && !d.paused
+	for i := range d.images {
+		image := &d.images[i]
+		if before := previous.image(image.ref); before != nil && before.pinned == image.pinned {
+			image.cachedAt, image.addedAt = before.cachedAt, before.addedAt
 			continue
 		}
-		pinned = false
-		if c.pullPolicy != "Always" && cachedBy == "" {
-			cachedBy = c.pullPolicy
-		}
+		image.cachedAt, image.addedAt = now, d.updated.Add(-updatedTolerance)
+		look = true
 	}
-	return pinned, cachedBy
+	d.restarted = previous.restarted
+	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.restarted.at {
+		d.restarted = restart{d.restartedAt, seen}
+	}
+	return look
 }
 
-// runsMoreThan says whether d has an image that old does not have.
-func (d *deployment) runsMoreThan(old *deployment) bool {
-	return slices.ContainsFunc(d.images, func(c containerImage) bool {
-		return !slices.ContainsFunc(old.images, func(o containerImage) bool { return o.ref == c.ref && o.pinned == c.pinned })
-	})
-}
-
-// deploymentCache holds the Deployments of all scopes, indexed by image.
+// deploymentCache has the Deployments of all scopes, indexed by image.
 type deploymentCache struct {
-	log *slog.Logger
-	now func() time.Time
-	// observed is called for each record that the API server sent, after the
-	// cache holds it. appeared: it is new to the cache, or was just resumed.
-	observed func(d *deployment, appeared bool)
+	log      *slog.Logger
+	client   dynamic.Interface
+	selector string // WORKER_SELECTOR
+	scopes   []*scope
+	watchAge time.Duration
+	now      func() time.Time
+	// look is called with the key of a Deployment that is new to the cache, was
+	// resumed, or runs another image. It must not block.
+	look func(key string)
 
-	mu      sync.RWMutex
-	byKey   map[types.NamespacedName]*deployment
-	byImage map[string]map[types.NamespacedName]struct{}
-	pending int                        // scopes not listed yet
-	watches map[string]watch.Interface // by namespace of the scope
+	mu    sync.Mutex // held while an entry is replaced, and for the scopes' state
+	store cache.ThreadSafeStore
 }
 
-func newDeploymentCache(log *slog.Logger, now func() time.Time, observed func(d *deployment, appeared bool)) *deploymentCache {
-	return &deploymentCache{
-		log:      log,
-		now:      now,
-		observed: observed,
-		byKey:    map[types.NamespacedName]*deployment{},
-		byImage:  map[string]map[types.NamespacedName]struct{}{},
-		watches:  map[string]watch.Interface{},
-		pending:  1,
-	}
-}
+const imageIndex = "image"
 
-// run keeps the cache true until ctx is done: one watch for all namespaces, or
-// one for each of those named, so that namespaced Roles suffice. Its error is a
-// scope that RBAC forbids from the start.
-func (c *deploymentCache) run(ctx context.Context, client dynamic.Interface, namespaces []string, selector string) error {
+// newDeploymentCache makes a scope for each namespace of WORKER_NAMESPACES, so that
+// namespaced Roles suffice, or one for all.
+func newDeploymentCache(cfg workerConfig, client dynamic.Interface, log *slog.Logger, now func() time.Time, look func(key string)) *deploymentCache {
+	c := &deploymentCache{log: log, client: client, selector: cfg.Selector, watchAge: watchAge, now: now, look: look}
+	c.store = cache.NewThreadSafeStore(cache.Indexers{imageIndex: func(entry any) (refs []string, err error) {
+		for _, image := range entry.(*deployment).images {
+			refs = append(refs, image.ref)
+		}
+		return refs, nil
+	}}, cache.Indices{})
+	namespaces := cfg.Namespaces
 	if len(namespaces) == 0 {
 		namespaces = []string{metav1.NamespaceAll}
 	}
-	c.mu.Lock()
-	c.pending = len(namespaces)
-	c.mu.Unlock()
+	for _, namespace := range namespaces {
+		c.scopes = append(c.scopes, &scope{cache: c, namespace: namespace, client: client.Resource(deploymentsResource).Namespace(namespace)})
+	}
+	return c
+}
 
+// run keeps the cache up to date until ctx is done. Its error is a scope that RBAC
+// forbids from the start.
+func (c *deploymentCache) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for _, namespace := range namespaces {
-		s := &scope{
-			cache:     c,
-			namespace: namespace,
-			client:    client.Resource(deploymentsResource).Namespace(namespace),
-			semantics: client,
-			selector:  selector,
-			forbidden: cancel,
-		}
+	for _, s := range c.scopes {
+		s.forbidden = cancel
 		r := cache.NewReflectorWithOptions(s.listWatch(), nil, s, cache.ReflectorOptions{
 			Name:            "deployments",
 			TypeDescription: "deployments.apps",
@@ -210,220 +234,190 @@ func (c *deploymentCache) run(ctx context.Context, client dynamic.Interface, nam
 	return nil
 }
 
-// expectChange is told that the API server has a newer version of d. If the
-// watch has not brought it after watchDelay, the watch is dead, whatever its
-// connection says, and is begun anew where it ended; it then brings all that was
-// missed. So every restart is a proof that the watch is alive. A watch that was
-// begun since has brought it, or will.
-func (c *deploymentCache) expectChange(d *deployment) {
-	c.mu.RLock()
-	w := c.watchOf(d.Namespace)
-	c.mu.RUnlock()
-	if w == nil {
-		return
-	}
-	time.AfterFunc(watchDelay, func() {
-		c.mu.RLock()
-		now, same := c.byKey[d.key()], c.watchOf(d.Namespace) == w
-		c.mu.RUnlock()
-		if same && now != nil && now.UID == d.UID && now.ResourceVersion == d.ResourceVersion {
-			c.log.Warn("the watch has missed a change, beginning it anew", "namespace", d.Namespace, "deployment", d.Name)
-			w.Stop()
+// ready is nil while every scope is listed and watched.
+func (c *deploymentCache) ready() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.scopes {
+		if !s.listed {
+			return errors.New("deployments are not listed yet")
 		}
-	})
-}
-
-// synced says whether every scope has been listed.
-func (c *deploymentCache) synced() bool {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	return c.pending == 0
-}
-
-// watchOf returns the live watch that covers a namespace, or nil. c.mu is held.
-func (c *deploymentCache) watchOf(namespace string) watch.Interface {
-	if w := c.watches[namespace]; w != nil {
-		return w
+		if !s.watched && c.now().Sub(s.unwatched) > watchGrace {
+			return errors.New("no watch of deployments is open")
+		}
 	}
-	return c.watches[metav1.NamespaceAll]
+	return nil
 }
 
-// get returns the record of a Deployment, or nil.
-func (c *deploymentCache) get(key types.NamespacedName) *deployment {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	return c.byKey[key]
+// get returns the entry of a Deployment, nil if there is none.
+func (c *deploymentCache) get(key string) *deployment {
+	entry, _ := c.store.Get(key)
+	d, _ := entry.(*deployment)
+	return d
 }
 
 // running returns the Deployments whose pod template names the image.
-func (c *deploymentCache) running(image string) []*deployment {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	ds := make([]*deployment, 0, len(c.byImage[image]))
-	for key := range c.byImage[image] {
-		ds = append(ds, c.byKey[key])
+func (c *deploymentCache) running(ref string) []*deployment {
+	entries, err := c.store.ByIndex(imageIndex, ref)
+	if err != nil {
+		panic(err) // there is such an index
+	}
+	ds := make([]*deployment, 0, len(entries))
+	for _, entry := range entries {
+		ds = append(ds, entry.(*deployment))
 	}
 	return ds
 }
 
-// put stores a record and says whether it is new or has just been resumed. After
-// a gap in the watch, as well whether it has come to run another image: that may
-// have been asked for since. c.mu is held.
-func (c *deploymentCache) put(d *deployment, gap bool) (appeared bool) {
-	key := d.key()
-	old := c.byKey[key]
-	appeared = old == nil || old.UID != d.UID || old.paused && !d.paused || gap && d.runsMoreThan(old)
-	if appeared {
-		d.known = c.now()
-	} else {
-		d.known = old.known
-	}
-	if old != nil && old.UID == d.UID {
-		d.restarted = old.restarted
-	}
-	if own, ok := ownTime(d.restartedAt); ok && own.After(d.restarted) {
-		d.restarted = own
-	}
-	c.remove(key)
-	c.byKey[key] = d
-	for _, image := range d.images {
-		keys := c.byImage[image.ref]
-		if keys == nil {
-			keys = map[types.NamespacedName]struct{}{}
-			c.byImage[image.ref] = keys
-		}
-		keys[key] = struct{}{}
-	}
-	return appeared
-}
-
-// remove forgets a record. c.mu is held.
-func (c *deploymentCache) remove(key types.NamespacedName) {
-	old := c.byKey[key]
-	if old == nil {
+// put stores what a list or a watch brought. An answer of the API server to the
+// worker itself may already have brought a newer version.
+func (c *deploymentCache) put(d *deployment, seen time.Time) {
+	c.mu.Lock()
+	previous := c.get(d.key())
+	if previous != nil && previous.uid == d.uid && previous.newerThan(d) {
+		c.mu.Unlock()
 		return
 	}
-	delete(c.byKey, key)
-	for _, image := range old.images {
-		delete(c.byImage[image.ref], key)
-		if len(c.byImage[image.ref]) == 0 {
-			delete(c.byImage, image.ref)
-		}
+	look := d.inherit(previous, c.now(), seen)
+	c.store.Update(d.key(), d)
+	c.mu.Unlock()
+	if look {
+		c.look(d.key())
 	}
 }
 
-// scope is one watch: all namespaces, or one. It is what the reflector reads
-// from and stores to.
+// refresh completes an entry that the API server answered to the worker, and
+// stores it if it replaces an older one: the watch may be far behind. It adds
+// nothing, because the watch may already have shown that the Deployment is gone.
+func (c *deploymentCache) refresh(d *deployment) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	previous := c.get(d.key())
+	d.inherit(previous, c.now(), c.now())
+	if previous != nil && previous.uid == d.uid && d.newerThan(previous) {
+		c.store.Update(d.key(), d)
+	}
+}
+
+// newerThan compares versions of one Deployment. Versions that are not the numbers
+// that Kubernetes documents count as equal.
+// https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
+func (d *deployment) newerThan(other *deployment) bool {
+	order, err := resourceversion.CompareResourceVersion(d.resourceVersion, other.resourceVersion)
+	return err == nil && order > 0
+}
+
+// fetch reads the present version of a Deployment, nil if there is none. It lists,
+// since the worker has no right to get.
+func (c *deploymentCache) fetch(ctx context.Context, namespace, name string) (*deployment, error) {
+	list, err := c.client.Resource(deploymentsResource).Namespace(namespace).
+		List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + name, LabelSelector: c.selector})
+	if err != nil || len(list.Items) == 0 {
+		return nil, err
+	}
+	d := newDeployment(&list.Items[0])
+	c.refresh(d)
+	return d, nil
+}
+
+// scope is what one reflector lists, watches and stores: all namespaces, or one.
 type scope struct {
 	cache     *deploymentCache
 	namespace string // "" for all
 	client    dynamic.ResourceInterface
-	semantics any // the whole client: it may say that it cannot stream lists
-	selector  string
 	forbidden context.CancelCauseFunc // ends the cache's run
-	listed    bool                    // guarded by cache.mu
-	reopened  time.Time               // when a watch went on where one had ended; guarded by cache.mu
+	listed    bool
+	watched   bool      // a watch is open
+	unwatched time.Time // when the last one ended
 }
 
-// listWatch reduces Deployments to records as they arrive, a page or an event
-// at a time: whole, those of a big cluster would take hundreds of megabytes.
+// pagedListWatch is a ListWatch without streamed lists: those would bring whole
+// Deployments into the reflector's memory, where pages of them do.
+type pagedListWatch struct{ *cache.ListWatch }
+
+func (pagedListWatch) IsWatchListSemanticsUnSupported() bool { return true }
+
 func (s *scope) listWatch() cache.ListerWatcher {
-	return cache.ToListWatcherWithWatchListSemantics(&cache.ListWatch{
-		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
-			o.LabelSelector = s.selector
-			if o.ResourceVersion == "0" {
-				o.ResourceVersion = "" // API servers ignore the limit for "0"
-			}
-			ctx, cancel := context.WithTimeout(ctx, requestLimit)
-			defer cancel()
-			page, err := s.client.List(ctx, o)
-			if err != nil {
-				return nil, s.refused("list", err)
-			}
-			records := &deploymentList{ListMeta: metav1.ListMeta{
-				ResourceVersion:    page.GetResourceVersion(),
-				Continue:           page.GetContinue(),
-				RemainingItemCount: page.GetRemainingItemCount(),
-			}}
-			for i := range page.Items {
-				records.Items = append(records.Items, *newDeployment(&page.Items[i]))
-			}
-			return records, nil
-		},
-		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-			o.LabelSelector = s.selector
-			s.live(nil)
-			ctx, cancel := context.WithCancelCause(ctx)
-			overdue := time.AfterFunc(requestLimit, func() { cancel(errors.New("the API server does not begin the watch")) })
-			w, err := s.client.Watch(ctx, o)
-			overdue.Stop()
-			if err != nil {
-				if ctx.Err() != nil {
-					err = context.Cause(ctx)
-				}
-				cancel(nil)
-				return nil, s.refused("watch", err)
-			}
-			w = &cancelledWatch{w, cancel}
-			// A list that is streamed fills the cache at its end; until then
-			// nobody can expect a change of this watch.
-			listing := o.SendInitialEvents != nil && *o.SendInitialEvents
-			if !listing {
-				s.live(w)
-				s.cache.mu.Lock()
-				s.reopened = s.cache.now()
-				s.cache.mu.Unlock()
-			}
-			silent := time.AfterFunc(watchSilence, w.Stop)
-			return watch.Filter(w, func(e watch.Event) (watch.Event, bool) {
-				silent.Reset(watchSilence)
-				u, ok := e.Object.(*unstructured.Unstructured)
-				switch {
-				case !ok || e.Type == watch.Error:
-				case e.Type != watch.Bookmark:
-					e.Object = newDeployment(u)
-				case listing && u.GetAnnotations()[metav1.InitialEventsAnnotationKey] == "true":
-					s.live(w)
-				}
-				return e, true
-			}), nil
-		},
-	}, s.semantics)
+	return pagedListWatch{&cache.ListWatch{ListWithContextFunc: s.list, WatchFuncWithContext: s.watch}}
 }
 
-// cancelledWatch gives up its context when it is stopped, as the reflector does
+// list reads all pages and returns one complete list of entries. It ignores the
+// options: the reflector would list without a limit after a 410, and its pager
+// would take the rest in one piece when a continue token expires. Here an expired
+// token is an error, and the reflector begins again.
+func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object, error) {
+	entries := &metav1.List{}
+	o := metav1.ListOptions{LabelSelector: s.cache.selector, Limit: listPage}
+	for {
+		pageCtx, cancel := context.WithTimeout(ctx, requestTimeout)
+		page, err := s.client.List(pageCtx, o)
+		cancel()
+		if err != nil {
+			return nil, s.checkForbidden("list", err)
+		}
+		for i := range page.Items {
+			entries.Items = append(entries.Items, runtime.RawExtension{Object: newDeployment(&page.Items[i])})
+		}
+		entries.ResourceVersion = page.GetResourceVersion()
+		if o.Continue = page.GetContinue(); o.Continue == "" {
+			return entries, nil
+		}
+	}
+}
+
+// watch starts a watch that ends after watchAge. Stopped without an error, the
+// reflector goes on from the last resourceVersion.
+func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+	o.LabelSelector = s.cache.selector
+	ctx, cancel := context.WithCancel(ctx)
+	overdue := time.AfterFunc(requestTimeout, cancel)
+	stream, err := s.client.Watch(ctx, o)
+	overdue.Stop()
+	if err != nil {
+		cancel()
+		return nil, s.checkForbidden("watch", err)
+	}
+	s.setWatched(true)
+	age := time.AfterFunc(s.cache.watchAge, stream.Stop)
+	return agedWatch{stream, func() {
+		age.Stop()
+		s.setWatched(false)
+		cancel()
+	}}, nil
+}
+
+// agedWatch releases what a watch holds when the reflector stops it, as it does
 // with every watch.
-type cancelledWatch struct {
+type agedWatch struct {
 	watch.Interface
-	cancel context.CancelCauseFunc
+	release func()
 }
 
-func (w *cancelledWatch) Stop() {
+func (w agedWatch) Stop() {
 	w.Interface.Stop()
-	w.cancel(nil)
+	w.release()
 }
 
-// live says which watch brings the changes of the scope, nil while none does.
-func (s *scope) live(w watch.Interface) {
+func (s *scope) setWatched(open bool) {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
-	s.cache.watches[s.namespace] = w
+	s.watched, s.unwatched = open, s.cache.now()
 }
 
-// refused ends run if RBAC forbids a scope that was never listed: nothing but
-// an operator can mend that. Later, a Role that is replaced may be missing for a
+// checkForbidden ends run if RBAC forbids a scope that was never listed: only an
+// operator can fix that. Later a Role that is being replaced may be missing for a
 // moment, and the reflector tries again.
-func (s *scope) refused(verb string, err error) error {
+func (s *scope) checkForbidden(verb string, err error) error {
 	if !apierrors.IsForbidden(err) {
 		return err
 	}
-	where := "in all namespaces; grant it with a ClusterRole, or narrow WORKER_NAMESPACES"
+	where := "all namespaces; grant it with a ClusterRole, or narrow WORKER_NAMESPACES"
 	if s.namespace != "" {
-		where = fmt.Sprintf("in namespace %s; grant it with a Role there, or change WORKER_NAMESPACES", s.namespace)
+		where = "namespace " + s.namespace + "; grant it with a Role there, or change WORKER_NAMESPACES"
 	}
-	err = fmt.Errorf("RBAC forbids to %s deployments.apps %s: %w", verb, where, err)
-	s.cache.mu.RLock()
-	defer s.cache.mu.RUnlock()
+	err = fmt.Errorf("RBAC forbids to %s deployments.apps in %s: %w", verb, where, err)
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
 	if !s.listed {
 		s.forbidden(err)
 	}
@@ -432,75 +426,47 @@ func (s *scope) refused(verb string, err error) error {
 
 // Add, Update, Delete, Replace and Resync are cache.ReflectorStore.
 
-func (s *scope) Add(obj any) error { return s.Update(obj) }
+func (s *scope) Add(object any) error { return s.Update(object) }
 
-func (s *scope) Update(obj any) error {
-	d, ok := obj.(*deployment)
+func (s *scope) Update(object any) error {
+	u, ok := object.(*unstructured.Unstructured)
 	if !ok {
-		return fmt.Errorf("watch of deployments brought a %T", obj)
+		return fmt.Errorf("the watch of deployments brought a %T", object)
 	}
-	s.cache.mu.Lock()
-	appeared := s.cache.put(d, s.cache.now().Sub(s.reopened) < watchDelay)
-	s.cache.mu.Unlock()
-	s.cache.observed(d, appeared)
+	s.cache.put(newDeployment(u), s.cache.now())
 	return nil
 }
 
-func (s *scope) Delete(obj any) error {
-	d, ok := obj.(*deployment)
+func (s *scope) Delete(object any) error {
+	u, ok := object.(*unstructured.Unstructured)
 	if !ok {
-		return fmt.Errorf("watch of deployments brought a %T", obj)
+		return fmt.Errorf("the watch of deployments brought a %T", object)
 	}
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
-	s.cache.remove(d.key())
+	s.cache.store.Delete(u.GetNamespace() + "/" + u.GetName())
 	return nil
 }
 
-// Replace is the outcome of a list: what is not in it is gone.
+// Replace takes a complete list: what is not in it is gone.
 func (s *scope) Replace(items []any, _ string) error {
-	appeared := make([]bool, len(items))
-	listed := make(map[types.NamespacedName]struct{}, len(items))
 	c := s.cache
+	listed := make(map[string]bool, len(items))
+	for _, item := range items {
+		d := item.(*deployment) // made by list
+		listed[d.key()] = true
+		c.put(d, time.Time{})
+	}
 	c.mu.Lock()
-	for i, item := range items {
-		d, ok := item.(*deployment)
-		if !ok {
-			c.mu.Unlock()
-			return fmt.Errorf("list of deployments brought a %T", item)
-		}
-		listed[d.key()] = struct{}{}
-		appeared[i] = c.put(d, true)
-	}
-	for key := range c.byKey {
-		if _, ok := listed[key]; !ok && (s.namespace == "" || s.namespace == key.Namespace) {
-			c.remove(key)
+	defer c.mu.Unlock()
+	for _, key := range c.store.ListKeys() {
+		if namespace, _, _ := cache.SplitMetaNamespaceKey(key); !listed[key] && (s.namespace == "" || s.namespace == namespace) {
+			c.store.Delete(key)
 		}
 	}
-	if !s.listed {
-		s.listed = true
-		c.pending--
-	}
-	c.mu.Unlock()
+	s.listed = true
 	c.log.Info("deployments listed", "namespace", s.namespace, "count", len(items))
-	for i, item := range items {
-		c.observed(item.(*deployment), appeared[i])
-	}
 	return nil
 }
 
 func (s *scope) Resync() error { return nil }
-
-// deploymentList is a page of records.
-type deploymentList struct {
-	metav1.ListMeta
-	Items []deployment
-}
-
-func (l *deploymentList) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
-
-func (l *deploymentList) DeepCopyObject() runtime.Object {
-	list := *l
-	list.Items = append([]deployment(nil), l.Items...)
-	return &list
-}

@@ -21,7 +21,6 @@ import (
 	"math/big"
 	"net"
 	"net/http"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -311,8 +310,8 @@ func (p *devPair) outcome(ctx context.Context, client dynamic.Interface, image, 
 		waiting, others := false, 0
 		for i := range items {
 			d := newDeployment(&items[i])
-			runs := slices.ContainsFunc(d.images, func(c containerImage) bool { return c.ref == image })
-			pinned, _ := d.image(image)
+			used := d.image(image)
+			runs := used != nil
 			what := ""
 			switch {
 			case !runs && simulated:
@@ -325,13 +324,13 @@ func (p *devPair) outcome(ctx context.Context, client dynamic.Interface, image, 
 				restarted = true
 			case d.paused:
 				what = "left alone\tpaused; it is restarted when it is resumed"
-			case pinned:
+			case used.pinned:
 				what = "left alone\tpinned by digest"
 			default:
 				what = "not restarted yet\tLOG_LEVEL=info shows why"
 				waiting = true
 			}
-			rows = append(rows, fmt.Sprintf("%s/%s\t%s", d.Namespace, d.Name, what))
+			rows = append(rows, fmt.Sprintf("%s/%s\t%s", d.namespace, d.name, what))
 		}
 		if rows == nil {
 			rows = []string{"no Deployment that worker looks at runs " + image}

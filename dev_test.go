@@ -35,7 +35,7 @@ func TestDevOnce(t *testing.T) {
 
 // With KUBECONFIG and VALKEY_ADDR it uses what is there.
 func TestDevOnAClusterOfOnesOwn(t *testing.T) {
-	kube := newKubeAPI(t)
+	kube := newKubernetes(t)
 	kube.Create("a/web", fake.Spec{Image: "ghcr.io/acme/web:main"})
 	kube.PagedOnly = false // dev looks at the outcome
 	m, cfg := testValkey(t)
@@ -70,7 +70,7 @@ func ownCluster(t *testing.T, kube *fake.KubernetesAPI, vars map[string]string) 
 
 // It looks where worker looks: a Role may allow no more.
 func TestDevScope(t *testing.T) {
-	kube := newKubeAPI(t)
+	kube := newKubernetes(t)
 	for _, namespace := range []string{"a", "b", "c"} {
 		kube.Create(namespace+"/api", fake.Spec{Image: apiDev})
 	}
@@ -86,7 +86,7 @@ func TestDevScope(t *testing.T) {
 
 // Of a big cluster, only what runs the image is of interest.
 func TestDevOtherImages(t *testing.T) {
-	kube := newKubeAPI(t)
+	kube := newKubernetes(t)
 	kube.Create("a/api", fake.Spec{Image: apiDev})
 	kube.Create("a/nginx", fake.Spec{Image: "nginx"})
 	kube.Create("b/redis", fake.Spec{Image: "redis"})
@@ -101,7 +101,7 @@ func TestDevOtherImages(t *testing.T) {
 // When time is up it says how far things are, and until then it does not press
 // the API server.
 func TestDevOutOfTime(t *testing.T) {
-	kube := newKubeAPI(t)
+	kube := newKubernetes(t)
 	kube.Create("a/api", fake.Spec{Image: apiDev})
 	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { return http.StatusInternalServerError, nil }
 	ctx, cancel := context.WithCancel(t.Context())

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -10,7 +9,6 @@ import (
 	"go/build"
 	"go/parser"
 	"go/token"
-	"log/slog"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -237,67 +235,6 @@ func TestDocsAnswers(t *testing.T) {
 	}
 }
 
-func TestDocsLogMessages(t *testing.T) {
-	files := productionFiles(t)
-	messages := map[string]bool{}
-	for _, file := range files {
-		calls(file, func(name string, _ ast.Expr, call *ast.CallExpr) {
-			args := call.Args
-			switch name {
-			case "Debug", "Info", "Warn", "Error":
-			case "Log": // context and level come first
-				args = args[min(2, len(args)):]
-			default:
-				return
-			}
-			if len(args) > 0 {
-				maps.Copy(messages, texts(args[0]))
-			}
-		})
-	}
-	for _, row := range docTable(t, "docs/architecture.md", "| message | process | when | fields |") {
-		fields := map[string]bool{}
-		if row[1] == "web" {
-			maps.Copy(fields, texts(files["web.go"]))
-		} else {
-			maps.Copy(fields, texts(files["worker.go"]))
-		}
-		if message := backquoted(row[0]); len(message) != 1 || !messages[message[0]] {
-			t.Errorf("docs/architecture.md: nothing logs %s", row[0])
-		}
-		for _, field := range backquoted(row[3]) {
-			if !fields[field] {
-				t.Errorf("docs/architecture.md: %s of %s is not in %s.go", field, row[0], row[1])
-			}
-		}
-	}
-}
-
-// The figures that docs/architecture.md gives are the code's.
-func TestDocsFigures(t *testing.T) {
-	text := readDoc(t, "docs/architecture.md")
-	server := newServer(nil, slog.New(slog.DiscardHandler))
-	for _, figure := range []string{
-		fmt.Sprintf("growing pauses of at most %.0f seconds", maxBackoff.Seconds()),
-		fmt.Sprintf("`Retry-After` says, up to %.0f minutes", maxRetryAfter.Minutes()),
-		fmt.Sprintf("has not brought worker's own patch within %.0f seconds", watchDelay.Seconds()),
-		fmt.Sprintf("brings nothing for %.0f seconds", watchSilence.Seconds()),
-		fmt.Sprintf("noticed within %d seconds", 2*http2TimeoutSeconds),
-		fmt.Sprintf("and every %.0f seconds", catchUpEvery.Seconds()),
-		fmt.Sprintf("web serves %d connections at once", maxConnections),
-		fmt.Sprintf("has %.0f seconds for its headers and %.0f to arrive whole", server.ReadHeaderTimeout.Seconds(), server.ReadTimeout.Seconds()),
-		fmt.Sprintf("more than %d,%03d: web answers", maxRecorded/1000, maxRecorded%1000),
-		fmt.Sprintf("does not begin within %.0f seconds", requestLimit.Seconds()),
-		"retries take no more than half of `WORKER_CONCURRENCY`",
-		// net/http adds 4 KiB of its own to MaxHeaderBytes.
-		fmt.Sprintf("Headers of more than %d KiB, tokens of more than %d KiB and bodies of more than %d KiB", server.MaxHeaderBytes>>10+4, maxTokenBytes>>10, maxRequestBytes>>10),
-	} {
-		if !strings.Contains(text, figure) {
-			t.Errorf("docs/architecture.md does not say %q", figure)
-		}
-	}
-}
-
 func TestDocsLinks(t *testing.T) {
 	linkRE := regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	headingRE := regexp.MustCompile(`(?m)^#+ (.+)$`)
@@ -341,7 +278,7 @@ func TestDocsExamples(t *testing.T) {
 			bodies++
 			_, err := parseRequest([]byte(body))
 			if strings.Contains(body, "requestedAt") {
-				_, err = parseEvent([]byte(body))
+				_, err = parseMessage([]byte(body))
 			}
 			if err != nil {
 				t.Errorf("%s: %s: %v", name, body, err)
@@ -850,152 +787,6 @@ func TestManifestsRestartOnly(t *testing.T) {
 	}
 }
 
-// worker may do what the code does, and nothing else.
-func TestManifestsRBAC(t *testing.T) {
-	used := map[string]bool{}
-	for _, file := range productionFiles(t) {
-		if !slices.ContainsFunc(file.Imports, func(i *ast.ImportSpec) bool { return strings.HasPrefix(i.Path.Value, `"k8s.io/`) }) {
-			continue
-		}
-		calls(file, func(name string, on ast.Expr, call *ast.CallExpr) {
-			switch name {
-			case "Apply", "ApplyStatus", "Create", "Delete", "DeleteCollection", "Get", "List", "Patch", "Update", "UpdateStatus", "Watch":
-			default:
-				return
-			}
-			// On a field named client, or on client.Resource(…)….
-			client := false
-			ast.Inspect(on, func(n ast.Node) bool {
-				id, ok := n.(*ast.Ident)
-				client = client || ok && id.Name == "client"
-				return true
-			})
-			if client {
-				used[strings.ToLower(name)] = true
-			}
-		})
-	}
-	verbs := sorted(used)
-	if want := []string{"list", "patch", "watch"}; !slices.Equal(verbs, want) {
-		t.Errorf("the code uses the verbs %q, expected %q", verbs, want)
-	}
-
-	var documented []string
-	for _, row := range docTable(t, "docs/deployment.md", "| verb on `deployments.apps` | what worker does with it |") {
-		documented = append(documented, backquoted(row[0])...)
-	}
-	slices.Sort(documented)
-	if !slices.Equal(documented, verbs) {
-		t.Errorf("docs/deployment.md explains the verbs %q, and the code uses %q", documented, verbs)
-	}
-
-	for pattern, kind := range map[string]string{"k8s/*.yaml": "ClusterRole", "k8s/namespaced/*.yaml": "Role"} {
-		all := manifests(t, pattern)
-		account := findManifest(t, manifests(t, "k8s/*.yaml"), "ServiceAccount", "worker")
-		roles, bindings := 0, 0
-		for _, m := range all {
-			switch m.Kind {
-			case kind:
-				roles++
-				if len(m.Rules) != 1 {
-					t.Fatalf("%s has %d rules", m.file, len(m.Rules))
-				}
-				r := m.Rules[0]
-				granted := slices.Sorted(slices.Values(r.Verbs))
-				if !slices.Equal(r.APIGroups, []string{deploymentsResource.Group}) || !slices.Equal(r.Resources, []string{deploymentsResource.Resource}) ||
-					!slices.Equal(granted, verbs) || len(r.ResourceNames)+len(r.NonResourceURLs) > 0 {
-					t.Errorf("%s grants %+v; the code needs %q on deployments.apps", m.file, r, verbs)
-				}
-			case kind + "Binding":
-				bindings++
-				s := m.Subjects
-				if m.RoleRef.Kind != kind || len(s) != 1 || s[0].Kind != "ServiceAccount" || s[0].Name != account.Metadata.Name || s[0].Namespace != account.Metadata.Namespace {
-					t.Errorf("%s binds %+v to %+v", m.file, m.RoleRef, s)
-				}
-			case "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding":
-				t.Errorf("%s has a %s", m.file, m.Kind)
-			}
-		}
-		if roles != 1 || bindings != 1 {
-			t.Errorf("%s has %d roles and %d bindings", pattern, roles, bindings)
-		}
-	}
-	if sa := findManifest(t, manifests(t, "k8s/*.yaml"), "Deployment", "worker").Spec.Template.Spec.ServiceAccountName; sa != "worker" {
-		t.Errorf("worker runs as the ServiceAccount %q", sa)
-	}
-}
-
-// The commands that users.acl of k8s/ grants in Valkey are those that broker.go
-// sends, and PING, with which valkey-go tests an idle connection.
-func TestDocsValkeyACL(t *testing.T) {
-	file := productionFiles(t)["broker.go"]
-	want := map[string]map[string]bool{"web": {"ping": true}, "worker": {"ping": true}}
-	for _, d := range file.Decls {
-		f, ok := d.(*ast.FuncDecl)
-		if !ok || f.Recv == nil {
-			continue
-		}
-		var receiver bytes.Buffer
-		ast.Inspect(f.Recv.List[0].Type, func(n ast.Node) bool {
-			if id, ok := n.(*ast.Ident); ok {
-				receiver.WriteString(id.Name)
-			}
-			return true
-		})
-		user := map[string]string{"publisher": "web", "subscriber": "worker"}[receiver.String()]
-		if user == "" {
-			continue
-		}
-		calls(f, func(name string, on ast.Expr, _ *ast.CallExpr) {
-			if b, ok := on.(*ast.CallExpr); ok {
-				if s, ok := b.Fun.(*ast.SelectorExpr); ok && s.Sel.Name == "B" {
-					want[user][strings.ToLower(name)] = true
-				}
-			}
-			if id, ok := on.(*ast.Ident); ok && name == "Exec" && strings.HasSuffix(id.Name, "Script") {
-				want[user]["eval"], want[user]["evalsha"] = true, true
-			}
-		})
-	}
-	for text := range texts(file) { // only web runs scripts
-		for _, m := range regexp.MustCompile(`redis\.call\('([A-Z]+)'`).FindAllStringSubmatch(text, -1) {
-			want["web"][strings.ToLower(m[1])] = true
-		}
-	}
-
-	page := readDoc(t, "docs/deployment.md")
-	acl := findManifest(t, manifests(t, "k8s/*.yaml"), "ConfigMap", "valkey").Data["users.acl"]
-	acl = strings.TrimSuffix(acl, "\n") + "\n" // what stands last in a document has lost it
-	if !strings.Contains(page, "```text\n"+acl+"```\n") {
-		t.Errorf("docs/deployment.md does not show users.acl as it is in k8s:\n%s", acl)
-	}
-	if !strings.HasPrefix(acl, "user default off\n") || !strings.HasSuffix(acl, "\nuser probe on nopass resetkeys resetchannels -@all +ping\n") || strings.Count(acl, "\n") != 4 {
-		t.Errorf("users.acl is\n%s", acl)
-	}
-	for user, keys := range map[string]string{"web": "%RW~", "worker": "%R~"} {
-		line := regexp.MustCompile(`(?m)^user ` + user + ` on >PASSWORD_OF_` + strings.ToUpper(user) + ` resetkeys resetchannels -@all (.*)$`).FindStringSubmatch(acl)
-		if line == nil {
-			t.Fatalf("users.acl has no %s", user)
-		}
-		got := map[string]bool{}
-		var names []string
-		for word := range strings.FieldsSeq(line[1]) {
-			if command, ok := strings.CutPrefix(word, "+"); ok {
-				got[command] = true
-			} else {
-				names = append(names, word)
-			}
-		}
-		if !maps.Equal(got, want[user]) {
-			t.Errorf("users.acl lets %s use %q; the code needs %q", user, sorted(got), sorted(want[user]))
-		}
-		channel := optionDefault(t, "VALKEY_CHANNEL")
-		if want := []string{keys + requestedKey(channel), "&" + channel}; !slices.Equal(names, want) {
-			t.Errorf("users.acl gives %s %q, expected %q", user, names, want)
-		}
-	}
-}
-
 func optionDefault(t *testing.T, env string) string {
 	t.Helper()
 	for _, o := range documentedOptions() {
@@ -1007,30 +798,3 @@ func optionDefault(t *testing.T, env string) string {
 	return ""
 }
 
-func TestDockerfile(t *testing.T) {
-	text := readDoc(t, "Dockerfile")
-	for _, part := range []string{
-		"FROM --platform=$BUILDPLATFORM golang:1.26 AS build\n",
-		"CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH",
-		`go build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o /kuberollouttrigger .`,
-		"\nFROM gcr.io/distroless/static:nonroot\n",
-		"\nUSER 65532:65532\n",
-		"\nENTRYPOINT [\"/kuberollouttrigger\"]\n",
-		`org.opencontainers.image.version="$VERSION"`,
-	} {
-		if !strings.Contains(text, part) {
-			t.Errorf("Dockerfile has no %q", part)
-		}
-	}
-	if strings.Contains(text, "-tags") {
-		t.Error("Dockerfile builds with tags; the production build has none")
-	}
-	// .dockerignore lets no more in than the build copies.
-	if ignore := readDoc(t, ".dockerignore"); ignore != "*\n!go.mod\n!go.sum\n!*.go\n*_test.go\n" {
-		t.Errorf(".dockerignore is %q", ignore)
-	}
-	version := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(readDoc(t, "go.mod"))
-	if version == nil || !strings.Contains(text, "golang:"+version[1]+" ") {
-		t.Errorf("Dockerfile does not build with the Go of go.mod, %q", version)
-	}
-}

@@ -205,7 +205,7 @@ func (q *question) answer(ctx context.Context, w io.Writer, issuer *http.Client)
 }
 
 func invalid(err error) (token, denial string) {
-	return "not valid: " + cut(err.Error()), "401: the token is not valid"
+	return "not valid: " + sanitize(err.Error()), "401: the token is not valid"
 }
 
 // checkPayload makes the verifier's checks that take no keys, at the time of iat:
@@ -228,7 +228,7 @@ func (q *question) verifyToken(ctx context.Context, issuer *http.Client) (result
 	c, err := v.verify(q.token)
 	if errors.Is(err, errNoKeys) { // nothing is wrong with it that shows without keys
 		if err := v.refresh(ctx); err != nil {
-			return "not verified: fetching the issuer's keys: " + cut(err.Error()), "503: there are no keys to verify the token with"
+			return "not verified: fetching the issuer's keys: " + sanitize(err.Error()), "503: there are no keys to verify the token with"
 		}
 		c, err = v.verify(q.token)
 	}

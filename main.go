@@ -262,7 +262,7 @@ func serveWorker(ctx context.Context, cfg *workerConfig, client dynamic.Interfac
 		return err
 	}
 	defer source.close()
-	worker := newWorker(*cfg, cfg.ImagePrefixes, client, source, log, time.Now)
+	worker := newWorker(*cfg, client, source, log, time.Now)
 
 	s := &service{task: worker.run}
 	s.ops, err = listen("ops", cfg.OpsListenAddr, s.probes(func(context.Context) error { return worker.ready() }), log)
@@ -326,3 +326,35 @@ func readKubeconfig(files string) (*rest.Config, error) {
 	}
 	return rc, nil
 }
+
+// retryAfterError is an answer to a patch that says when to try again.
+type retryAfterError struct {
+	status string
+	delay  time.Duration
+}
+
+func (e *retryAfterError) Error() string {
+	return fmt.Sprintf("%s (Retry-After: %s)", e.status, e.delay)
+}
+
+// surfaceRetryAfter makes such an error of an answer with a Retry-After. client-go
+// would wait and send the patch again by itself while it occupies one of the slots
+// of WORKER_CONCURRENCY.
+func surfaceRetryAfter(next http.RoundTripper) http.RoundTripper {
+	return roundTripper(func(r *http.Request) (*http.Response, error) {
+		resp, err := next.RoundTrip(r)
+		if err != nil || r.Method != http.MethodPatch || resp.StatusCode < http.StatusBadRequest {
+			return resp, err
+		}
+		seconds, err := strconv.Atoi(resp.Header.Get("Retry-After"))
+		if err != nil || seconds < 0 {
+			return resp, nil
+		}
+		resp.Body.Close()
+		return nil, &retryAfterError{resp.Status, time.Duration(seconds) * time.Second}
+	})
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

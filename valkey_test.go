@@ -8,56 +8,167 @@ import (
 	"testing"
 	"time"
 
+	"github.com/alicebob/miniredis/v2"
 	"github.com/alicebob/miniredis/v2/server"
 )
 
-// The record is bounded: what does not fit is refused, and what was accepted
-// stays.
-func TestRecordIsFull(t *testing.T) {
-	w := newTestWeb(t, "")
-	now := time.Now()
-	record := func(i int, at time.Time) {
-		if _, err := w.valkey.ZAdd("krt:requested", float64(at.UnixMicro()), fmt.Sprintf("ghcr.io/acme/app-%d:dev", i)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for i := range maxRecorded - 1 {
-		record(i, now)
-	}
-	body := func(tags string) string { return `{"image":"ghcr.io/acme/api","tags":[` + tags + `]}` }
-	if resp := w.post(nil, body(`"a","b"`)); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
-		t.Errorf("one image more than fits: %d", resp.StatusCode)
-	}
-	if !w.logs.has(`"level":"ERROR"`, "FULL too many images were asked for within a day") {
-		t.Error("the reason is not logged")
-	}
-	if at, _ := w.valkey.ZScore("krt:requested", "ghcr.io/acme/api:a"); at != 0 {
-		t.Error("one of two images is on record")
-	}
-	for what, tags := range map[string]string{"the last place": `"a"`, "an image that is on record": `"a","a"`} {
-		if resp := w.post(nil, body(tags)); resp.StatusCode != 202 {
-			t.Errorf("%s: %d", what, resp.StatusCode)
-		}
-	}
-	// What is a day old makes place.
-	record(7, now.Add(-keepRecorded-time.Second))
-	if resp := w.post(nil, body(`"b"`)); resp.StatusCode != 202 {
-		t.Errorf("a place became free: %d", resp.StatusCode)
-	}
-	if members, err := w.valkey.ZMembers("krt:requested"); err != nil || len(members) != maxRecorded {
-		t.Errorf("%d images are on record, %v", len(members), err)
-	}
-}
-
-// What only an operator can mend says what to mend, and is not tried four times
-// a second.
-func TestValkeyRefuses(t *testing.T) {
+func newTestPublisher(t testing.TB) (*publisher, *miniredis.Miniredis) {
+	t.Helper()
 	m, cfg := testValkey(t)
-	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
+	p, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(pub.close)
+	t.Cleanup(p.close)
+	return p, m
+}
+
+// T grows over all images, whatever becomes of Valkey's clock.
+func TestRequestedAtGrows(t *testing.T) {
+	t.Parallel()
+	p, m := newTestPublisher(t)
+	const noon, hour = 1_795_348_800_000_000, 3_600_000_000
+	publish := func(clock int64, images ...string) int64 {
+		t.Helper()
+		m.SetTime(time.UnixMicro(clock))
+		at, _, err := p.publish(t.Context(), images)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, image := range images {
+			if score, err := m.ZScore("krt:requested", image); err != nil || int64(score) != at {
+				t.Fatalf("%s is in the ledger with %.0f, %v; T is %d", image, score, err, at)
+			}
+		}
+		return at
+	}
+	for i, step := range []struct {
+		clock  int64
+		images []string
+		want   int64
+	}{
+		{noon, []string{apiDev}, noon},
+		{noon, []string{apiDev}, noon + 1},
+		{noon, []string{webDev}, noon + 2}, // after another image
+		{noon, []string{webDev, initDev}, noon + 3},
+		{noon - hour, []string{"ghcr.io/acme/new:dev"}, noon + 4},
+		{noon + 7, []string{apiDev}, noon + 7},
+		{noon + hour, []string{webDev}, noon + hour},
+		{noon + 8, []string{apiDev}, noon + hour + 1}, // the clock is put right
+	} {
+		if got := publish(step.clock, step.images...); got != step.want {
+			t.Errorf("step %d: T is %d, want %d", i, got, step.want)
+		}
+	}
+
+	// A clock that was years ahead left a T behind. It is dated anew.
+	m.ZAdd("krt:requested", noon+3*365*24*hour, "ghcr.io/acme/ahead:dev")
+	got := publish(noon+2*hour, apiDev)
+	if got != noon+2*hour {
+		t.Errorf("after a T from years ahead: T is %d, want %d", got, noon+2*hour)
+	}
+	if score, err := m.ZScore("krt:requested", "ghcr.io/acme/ahead:dev"); err != nil || int64(score) != got {
+		t.Errorf("the T from years ahead is %.0f now, want %d", score, got)
+	}
+	// One within a day is kept.
+	m.ZAdd("krt:requested", noon+25*hour, "ghcr.io/acme/ahead:dev")
+	if got := publish(noon+2*hour, apiDev); got != noon+25*hour+1 {
+		t.Errorf("after a T from within a day: T is %d, want %d", got, noon+25*hour+1)
+	}
+}
+
+// The ledger is bounded. Nothing that was accepted is removed for what is new, and
+// what is older than a day only if there is no room.
+func TestLedgerIsBounded(t *testing.T) {
+	t.Parallel()
+	p, m := newTestPublisher(t)
+	now := time.Now()
+	add := func(i int, at time.Time) {
+		m.ZAdd("krt:requested", float64(at.UnixMicro()), fmt.Sprintf("ghcr.io/acme/app-%d:dev", i))
+	}
+	size := func() int {
+		members, err := m.ZMembers("krt:requested")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(members)
+	}
+	publish := func(images ...string) error {
+		_, _, err := p.publish(t.Context(), images)
+		return err
+	}
+	add(0, now.Add(-ledgerAge-time.Minute))
+	for i := 1; i < maxLedger-1; i++ {
+		add(i, now.Add(-ledgerAge+time.Minute))
+	}
+	if err := publish(apiDev); err != nil || size() != maxLedger {
+		t.Fatalf("the last free place: %d images, %v", size(), err)
+	}
+	if err := publish(apiDev); err != nil || size() != maxLedger {
+		t.Errorf("an image that is there already: %d images, %v", size(), err)
+	}
+	if err := publish(webDev, initDev); err == nil || !strings.Contains(err.Error(), "FULL") {
+		t.Errorf("one image more than fits, old ones removed: %v", err)
+	}
+	if score, _ := m.ZScore("krt:requested", webDev); score != 0 {
+		t.Error("one of two images is in the ledger")
+	}
+	if err := publish(webDev); err != nil || size() != maxLedger {
+		t.Errorf("the place of what was too old: %d images, %v", size(), err)
+	}
+	if err := publish(initDev); err == nil {
+		t.Error("accepted without room")
+	}
+}
+
+// The ledger is read newest first and in pages, and no more of it than web writes.
+func TestLedgerPages(t *testing.T) {
+	t.Parallel()
+	m, cfg := testValkey(t)
+	s, err := newSubscriber(cfg, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.close)
+	now := time.Now().UnixMicro()
+	for i := range maxLedger + ledgerPage + 1 {
+		m.ZAdd("krt:requested", float64(now-int64(i)), fmt.Sprintf("ghcr.io/acme/app-%d:dev", i))
+	}
+	read := func(since time.Time) (entries []message) {
+		for entry, err := range s.ledger(t.Context(), since) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			entries = append(entries, entry)
+		}
+		return entries
+	}
+	for _, want := range []int{1, ledgerPage, ledgerPage + 1} {
+		if entries := read(time.UnixMicro(now - int64(want) + 1)); len(entries) != want || entries[want-1].RequestedAt != now-int64(want)+1 {
+			t.Errorf("%d entries, want %d", len(entries), want)
+		}
+	}
+	entries := read(time.UnixMicro(0))
+	if len(entries) != maxLedger {
+		t.Fatalf("%d entries, want %d", len(entries), maxLedger)
+	}
+	for i, entry := range entries {
+		if entry.RequestedAt != now-int64(i) {
+			t.Fatalf("entry %d: %+v", i, entry)
+		}
+	}
+	m.SetError("LOADING for a test")
+	for _, err := range s.ledger(t.Context(), time.UnixMicro(0)) {
+		if err == nil || !strings.Contains(err.Error(), "LOADING") {
+			t.Errorf("an error of Valkey: %v", err)
+		}
+	}
+}
+
+// An error that only an operator can fix says what to fix, and is not retried four
+// times a second.
+func TestValkeyRefuses(t *testing.T) {
+	pub, m := newTestPublisher(t)
 	for answer, want := range map[string]struct {
 		hint  string
 		delay time.Duration
@@ -79,19 +190,14 @@ func TestValkeyRefuses(t *testing.T) {
 	}
 }
 
-// web is ready only if it could record something.
+// web is ready only if it could write the ledger.
 func TestReadyMeansWritable(t *testing.T) {
-	m, cfg := testValkey(t)
-	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pub.close)
+	pub, m := newTestPublisher(t)
 	if err := pub.ready(t.Context()); err != nil {
 		t.Error(err)
 	}
 	if m.Exists("krt:requested") {
-		t.Error("the check recorded something")
+		t.Error("the check wrote something")
 	}
 	if err := m.Set("krt:requested", "another program's"); err != nil {
 		t.Fatal(err)
@@ -103,12 +209,7 @@ func TestReadyMeansWritable(t *testing.T) {
 
 // A Valkey that never answers must not hold the job.
 func TestValkeySilent(t *testing.T) {
-	m, cfg := testValkey(t)
-	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pub.close)
+	pub, m := newTestPublisher(t)
 	if pub.timeout != publishTimeout || publishTimeout >= 3*time.Second {
 		t.Errorf("a job waits for %s; web promises 3 s", pub.timeout)
 	}
@@ -125,14 +226,9 @@ func TestValkeySilent(t *testing.T) {
 	}
 }
 
-// What cannot be taken at once is refused at once.
+// What exceeds the bound is refused at once.
 func TestPublishIsBounded(t *testing.T) {
-	_, cfg := testValkey(t)
-	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pub.close)
+	pub, _ := newTestPublisher(t)
 	for range maxPublishing {
 		pub.publishing <- struct{}{}
 	}
@@ -141,64 +237,6 @@ func TestPublishIsBounded(t *testing.T) {
 	}
 	<-pub.publishing
 	if _, _, err := pub.publish(t.Context(), []string{apiDev}); err != nil {
-		t.Errorf("with a place free: %v", err)
-	}
-}
-
-// T is Valkey's clock, and for one image it only ever grows, whatever that
-// clock does.
-func TestRequestedAtGrows(t *testing.T) {
-	m, cfg := testValkey(t)
-	pub, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(pub.close)
-	const noon = 1_795_262_400_000_000
-	publish := func(clock int64, images ...string) int64 {
-		t.Helper()
-		m.SetTime(time.UnixMicro(clock))
-		at, _, err := pub.publish(t.Context(), images)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return at
-	}
-	for i, step := range []struct {
-		clock  int64
-		images []string
-		want   int64
-	}{
-		{noon, []string{"ghcr.io/acme/a:dev"}, noon},
-		{noon, []string{"ghcr.io/acme/a:dev"}, noon + 1},
-		{noon, []string{"ghcr.io/acme/b:dev"}, noon},
-		{noon, []string{"ghcr.io/acme/b:dev", "ghcr.io/acme/a:dev"}, noon + 2},
-		{noon - 3_600_000_000, []string{"ghcr.io/acme/a:dev"}, noon + 3},
-		{noon + 7, []string{"ghcr.io/acme/a:dev"}, noon + 7},
-	} {
-		if got := publish(step.clock, step.images...); got != step.want {
-			t.Errorf("step %d: T is %d, want %d", i, got, step.want)
-		}
-	}
-	// A clock that was years ahead and is right again left a T behind.
-	if _, err := m.ZAdd("krt:requested", noon+3*365*24*3600*1_000_000, "ghcr.io/acme/ahead:dev"); err != nil {
-		t.Fatal(err)
-	}
-	if got := publish(noon+8, "ghcr.io/acme/ahead:dev"); got != noon+8 {
-		t.Errorf("after a wrong clock: T is %d, want %d", got, noon+8)
-	}
-	if _, err := m.ZRem("krt:requested", "ghcr.io/acme/ahead:dev"); err != nil {
-		t.Fatal(err)
-	}
-	// A day later the record holds what is new and what is not yet a day old.
-	day := keepRecorded.Microseconds()
-	publish(noon+day+2, "ghcr.io/acme/c:dev")
-	got, err := m.ZMembers("krt:requested")
-	if err != nil || fmt.Sprint(got) != "[ghcr.io/acme/b:dev ghcr.io/acme/a:dev ghcr.io/acme/c:dev]" {
-		t.Errorf("kept %v, %v", got, err)
-	}
-	publish(noon+day+8, "ghcr.io/acme/c:dev")
-	if got, err = m.ZMembers("krt:requested"); err != nil || fmt.Sprint(got) != "[ghcr.io/acme/c:dev]" {
-		t.Errorf("kept %v, %v", got, err)
+		t.Errorf("with a slot free: %v", err)
 	}
 }

@@ -2,122 +2,118 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/util/workqueue"
 )
 
 const (
-	// A patch that failed is tried again after minBackoff, doubled each time up
-	// to maxBackoff. The first tries are quick because most failures are
-	// conflicts with an update that the watch is about to bring.
-	minBackoff = 10 * time.Millisecond
-	maxBackoff = 15 * time.Second
-	// placeDelay is how long a retry waits that found no place.
-	placeDelay = 250 * time.Millisecond
-	// maxRetryAfter bounds what a Retry-After of the API server is believed.
+	// fieldManager is the worker's name in managedFields. Flux strips what a
+	// manager whose name begins with kubectl has set.
+	fieldManager = "kuberollouttrigger"
+
+	// patchTimeout bounds all that is sent for one Deployment in one go. An API
+	// server waits as long for an admission webhook by default.
+	patchTimeout = 10 * time.Second
+
+	// A restart that failed is tried again after minBackoff, doubled each time up
+	// to maxBackoff, or when a Retry-After of at most maxRetryAfter says.
+	minBackoff    = time.Second
+	maxBackoff    = 15 * time.Second
 	maxRetryAfter = 5 * time.Minute
 
-	// retryWindow is how long a request is retried when WORKER_CATCH_UP is 0.
-	retryWindow = time.Hour
+	// defaultWindow is how long a request counts when WORKER_CATCH_UP is 0.
+	defaultWindow = time.Hour
 
-	// catchUpEvery is the period of catch-up while nothing is wrong.
-	catchUpEvery = 30 * time.Second
-	catchUpLimit = 10 * time.Second // for one read
+	// restartedAtLead is how far a restartedAt in the worker's own form may be
+	// ahead: another worker may know a newer T for some milliseconds.
+	restartedAtLead = 5 * time.Second
+
+	// catchUpInterval is the pause between two reads of the ledger, catchUpTimeout
+	// bounds one.
+	catchUpInterval = 30 * time.Second
+	catchUpTimeout  = 10 * time.Second
 )
 
-// request is the newest time that an image was asked for.
-type request struct {
-	// at is T: microseconds since 1970 on Valkey's clock.
-	at int64
-	// heard is when worker heard the announcement; zero if it found the request
-	// on record.
-	heard time.Time
-}
-
-// worker restarts what runs an image that was asked for.
+// worker restarts what runs an image that was requested.
 //
-// Announcements and catch-up both end in note, which remembers the newest T of
-// an image and queues the Deployments that run it now. The queue is by
-// Deployment, so that one which cannot be patched holds up no other, and two
-// images of one Deployment are never patched against each other. What a
-// Deployment is owed is worked out when its turn comes, from the cache and the
-// newest T's: nothing is carried over from an earlier try.
+// Messages and catch-up both end in remember, which queues the Deployments that
+// run the image. The queue is by Deployment, so that one which cannot be patched
+// holds up no other. What a Deployment needs is decided when its turn comes, from
+// the cache and the newest requests; nothing is carried over from an earlier try.
 type worker struct {
 	log      *slog.Logger
 	client   dynamic.Interface
 	source   *subscriber
+	requests *requests
 	cache    *deploymentCache
-	queue    workqueue.TypedRateLimitingInterface[types.NamespacedName]
-	backoff  workqueue.TypedRateLimiter[types.NamespacedName]
-	prefixes imagePrefixes
+	queue    workqueue.TypedDelayingInterface[string]
+	backoff  workqueue.TypedRateLimiter[string]
 	cfg      workerConfig
-	window   time.Duration // how long a request counts
+	rules    rules
 	now      func() time.Time
-	kick     chan struct{} // asks for a catch-up
-	retrying chan struct{} // a place for each retry in flight
 
-	ahead    atomic.Int64          // how far Valkey's clock is ahead of ours, in ns
-	caughtUp atomic.Pointer[error] // why the last catch-up failed; nil: it did not
+	catchUpDue chan struct{}         // one slot
+	caughtUp   atomic.Pointer[error] // why the last catch-up failed; nil: it did not
 
-	mu       sync.Mutex
-	requests map[string]request // by image
-	// conflicts are the Deployments whose record was outdated when it was
-	// patched. They wait for the watch rather than for the backoff.
-	conflicts map[types.NamespacedName]struct{}
-	// notBefore is what a Retry-After asked for. The queue alone would come
-	// sooner, for a newer request or an older backoff.
-	notBefore map[types.NamespacedName]time.Time
+	mu        sync.Mutex
+	notBefore map[string]time.Time // when a Deployment whose restart failed is due again
 }
 
-func newWorker(cfg workerConfig, prefixes imagePrefixes, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
+func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
 	w := &worker{
-		log:       log.With("cluster", cfg.ClusterName),
-		client:    client,
-		source:    source,
-		prefixes:  prefixes,
-		cfg:       cfg,
-		window:    cfg.CatchUp,
-		now:       now,
-		kick:      make(chan struct{}, 1),
-		requests:  map[string]request{},
-		conflicts: map[types.NamespacedName]struct{}{},
-		notBefore: map[types.NamespacedName]time.Time{},
-		retrying:  make(chan struct{}, max(1, cfg.Concurrency/2)),
-		backoff:   workqueue.NewTypedItemExponentialFailureRateLimiter[types.NamespacedName](minBackoff, maxBackoff),
+		log:        log.With("cluster", cfg.ClusterName),
+		client:     client,
+		source:     source,
+		cfg:        cfg,
+		rules:      rules{window: cfg.CatchUp, interval: cfg.RestartInterval},
+		now:        now,
+		queue:      workqueue.NewTypedDelayingQueue[string](),
+		backoff:    newBackoff(),
+		catchUpDue: make(chan struct{}, 1),
+		requests:   newRequests(now),
+		notBefore:  map[string]time.Time{},
 	}
-	w.queue = workqueue.NewTypedRateLimitingQueue(w.backoff)
-	if w.window == 0 {
-		w.window = retryWindow
+	if w.rules.window == 0 {
+		w.rules.window = defaultWindow
 	}
-	w.cache = newDeploymentCache(w.log, now, w.observed)
+	notYet := errors.New("not caught up yet")
+	w.caughtUp.Store(&notYet)
+	w.cache = newDeploymentCache(cfg, client, w.log, now, w.look)
 	return w
 }
 
-// run works until ctx is done, and then finishes the patches in flight; what is
-// still queued is on record for the next worker. Its error is a scope that RBAC
-// forbids.
+func newBackoff() workqueue.TypedRateLimiter[string] {
+	return workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff)
+}
+
+// run works until ctx is done, and then finishes the patches in flight. What is
+// queued by then is in the ledger for the next worker. Its error is a scope that
+// RBAC forbids.
 func (w *worker) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var wg sync.WaitGroup
-	wg.Go(func() { w.source.run(ctx, w.announced, w.catchUpSoon) })
+	wg.Go(func() { w.source.run(ctx, w.handleMessage, w.requestCatchUp) })
 	wg.Go(func() { w.catchUpLoop(ctx) })
 	var err error
 	wg.Go(func() {
 		defer cancel()
-		err = w.cache.run(ctx, w.client, w.cfg.Namespaces, w.cfg.Selector)
+		err = w.cache.run(ctx)
 	})
 	for range w.cfg.Concurrency {
-		wg.Go(func() { w.patchLoop(ctx) })
+		wg.Go(func() { w.reconcileLoop(ctx) })
 	}
 	<-ctx.Done()
 	w.queue.ShutDown()
@@ -125,11 +121,10 @@ func (w *worker) run(ctx context.Context) error {
 	return err
 }
 
-// ready is nil while the cache is synced and nothing that is asked for can be
-// missed.
+// ready is nil while the worker misses no request and no Deployment.
 func (w *worker) ready() error {
-	if !w.cache.synced() {
-		return errors.New("deployments are not listed yet")
+	if err := w.cache.ready(); err != nil {
+		return err
 	}
 	if err := w.source.ready(); err != nil {
 		return err
@@ -140,295 +135,357 @@ func (w *worker) ready() error {
 	return nil
 }
 
-// clock is Valkey's clock, as the last catch-up saw it.
-func (w *worker) clock() time.Time {
-	return w.now().Add(time.Duration(w.ahead.Load()))
-}
-
-// announced takes a message of the PubSub channel. It does not block.
-func (w *worker) announced(message string) {
-	e, err := parseEvent([]byte(message))
-	if err == nil && !w.prefixes.allows(e.Image) {
-		err = fmt.Errorf("image %s is not under ALLOWED_IMAGE_PREFIX", e.Image)
+// handleMessage takes a message of the PubSub channel. It does not block.
+func (w *worker) handleMessage(text string) {
+	m, err := parseMessage([]byte(text))
+	if err == nil && m.RequestedAt == 0 { // typed by hand
+		m.RequestedAt = w.requests.next()
 	}
-	if err == nil && w.tooFarAhead(e.RequestedAt) {
-		err = fmt.Errorf("requestedAt %d of image %s is more than %s ahead of valkey's clock", e.RequestedAt, e.Image, keepRecorded)
+	if err == nil {
+		now := w.now()
+		err = w.remember(m.Image, request{at: m.RequestedAt, receivedAt: now, made: now})
 	}
 	if err != nil {
 		w.log.Warn("message ignored", "err", err)
-		return
 	}
-	if e.RequestedAt == 0 { // typed by hand
-		e.RequestedAt = w.clock().UnixMicro()
-	}
-	w.note(e, w.now())
 }
 
-// tooFarAhead says whether T is a day or more in the future. A clock of Valkey's
-// that was wrong and is right again can leave one behind. If worker wrote it, it
-// would swallow every request until then.
-func (w *worker) tooFarAhead(at int64) bool {
-	return at > w.clock().Add(keepRecorded).UnixMicro()
-}
-
-// note remembers a request and queues the Deployments that run its image. The
-// same T does nothing the second time, except that an announcement counts for
-// more than a record.
-func (w *worker) note(e event, heard time.Time) {
-	w.mu.Lock()
-	before, known := w.requests[e.Image]
-	if !known && len(w.requests) >= 2*maxRecorded { // not web's doing: it keeps to maxRecorded a day
-		w.mu.Unlock()
-		w.log.Warn("request ignored: too many images to remember", "image", e.Image, "requested_at", formatTime(e.RequestedAt))
-		return
+// remember keeps the newest request for an image and queues the Deployments that
+// run it. Its error is a request that web would not have made.
+func (w *worker) remember(image string, r request) error {
+	if !w.cfg.ImagePrefixes.allows(image) {
+		return fmt.Errorf("image %s is not under ALLOWED_IMAGE_PREFIX", image)
 	}
-	if w.tooFarAhead(before.at) { // heard while Valkey's clock was wrong
-		before = request{}
+	if added, err := w.requests.add(image, r); err != nil || !added {
+		return err
 	}
-	if e.RequestedAt < before.at || e.RequestedAt == before.at && (heard.IsZero() || !before.heard.IsZero()) {
-		w.mu.Unlock()
-		return
-	}
-	w.requests[e.Image] = request{e.RequestedAt, heard}
-	w.mu.Unlock()
-
-	running := w.cache.running(e.Image)
+	running, announced := w.cache.running(image), !r.receivedAt.IsZero()
 	level := slog.LevelInfo
-	if heard.IsZero() && len(running) == 0 {
-		level = slog.LevelDebug // a record may hold thousands that run elsewhere
+	if !announced && len(running) == 0 {
+		level = slog.LevelDebug // the ledger may hold thousands that run elsewhere
 	}
-	w.log.Log(context.Background(), level, "requested", "image", e.Image, "requested_at", formatTime(e.RequestedAt),
-		"announced", !heard.IsZero(), "matched", len(running))
+	log := w.log.With("image", image, "requested_at", formatTime(r.at))
+	log.Log(context.Background(), level, "requested", "announced", announced, "matched", len(running))
 	for _, d := range running {
-		if pinned, _ := d.image(e.Image); pinned {
-			w.log.Info("not restarted", "reason", "pinned by digest", "namespace", d.Namespace, "deployment", d.Name,
-				"image", e.Image, "requested_at", formatTime(e.RequestedAt))
+		if d.image(image).pinned {
+			log.Info("not restarted", "reason", "pinned by digest", "namespace", d.namespace, "deployment", d.name)
 			continue
 		}
 		w.queue.Add(d.key())
 	}
+	return nil
 }
 
-// observed queues a Deployment that is new to the cache, or resumed, if any of
-// its images was asked for, and one whose outdated record was refused, now that
-// there is a newer one.
-func (w *worker) observed(d *deployment, appeared bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	key := d.key()
-	_, again := w.conflicts[key]
-	delete(w.conflicts, key)
-	for _, image := range d.images {
-		_, asked := w.requests[image.ref]
-		again = again || appeared && asked && !image.pinned
-	}
-	if again {
+// look queues a Deployment that is new to the cache, was resumed, or runs another
+// image, if it needs a restart.
+func (w *worker) look(key string) {
+	if d := w.cache.get(key); d != nil && w.decide(d).verdict != satisfied {
 		w.queue.Add(key)
 	}
 }
 
-// catchUpSoon asks for a catch-up. It does not block.
-func (w *worker) catchUpSoon() {
+// requestCatchUp asks for a catch-up. It does not block.
+func (w *worker) requestCatchUp() {
 	select {
-	case w.kick <- struct{}{}:
+	case w.catchUpDue <- struct{}{}:
 	default: // one is due already
 	}
 }
 
-// catchUpLoop reads the record after each confirmed subscription and every
-// catchUpEvery, until ctx is done. PubSub forgets what nobody heard; the record
-// does not.
+// catchUpLoop reads the ledger after each confirmed subscription and after each
+// catchUpInterval, until ctx is done.
 func (w *worker) catchUpLoop(ctx context.Context) {
-	tick := time.NewTicker(catchUpEvery)
+	tick := time.NewTicker(catchUpInterval)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-w.kick:
+		case <-w.catchUpDue:
 		case <-tick.C:
 		}
-		for {
-			err := w.catchUp(ctx)
-			if ctx.Err() != nil {
-				return
-			}
-			if err == nil {
-				w.caughtUp.Store(nil)
-				break
-			}
+		err := w.catchUp(ctx)
+		for err != nil && ctx.Err() == nil {
 			if before := w.caughtUp.Swap(&err); before == nil || (*before).Error() != err.Error() {
 				w.log.Warn("catch-up failed, trying again", "err", err)
 			}
-			// Valkey, just restarted, confirms subscriptions while reads still
-			// answer LOADING.
+			// A Valkey that has just started confirms subscriptions while reads
+			// still answer LOADING.
 			sleep(ctx, retryDelay(err))
+			err = w.catchUp(ctx)
 		}
+		w.caughtUp.Store(nil)
 	}
 }
 
-// catchUp notes what is on record within the window. It does so image by image,
-// never by one mark for all, below which a late entry would fall. What no longer
-// counts is forgotten, also with WORKER_CATCH_UP=0, which reads nothing.
+// catchUp remembers what the ledger has within the window. It never works by one
+// mark for all images, which a late entry would fall below.
 func (w *worker) catchUp(ctx context.Context) error {
-	if w.cfg.CatchUp == 0 {
-		w.forget(w.clock())
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, catchUpLimit)
+	ctx, cancel := context.WithTimeout(ctx, catchUpTimeout)
 	defer cancel()
-	events, clock, err := w.source.recorded(ctx, w.window)
+	valkeyNow, err := w.source.time(ctx)
 	if err != nil {
 		return err
 	}
-	w.ahead.Store(int64(clock.Sub(w.now())))
-	w.forget(clock)
-	for _, e := range events { // the newest first: who runs several needs no more
-		w.found(e)
+	clock := w.requests.setClock(valkeyNow)
+	w.requests.forget(w.rules.window + 2*maxRetryAfter) // late enough that expiry is logged
+	if w.cfg.CatchUp == 0 {
+		return nil // PubSub only
 	}
-	w.log.Debug("caught up", "recorded", len(events))
+	now, entries := w.now(), 0
+	for m, err := range w.source.ledger(ctx, clock.Add(-w.rules.window)) {
+		if err != nil {
+			return err
+		}
+		entries++
+		image, err := parseImage(m.Image)
+		if err == nil {
+			age := clock.Sub(time.UnixMicro(m.RequestedAt))
+			err = w.remember(image, request{at: m.RequestedAt, made: now.Add(-age)})
+		}
+		if err != nil {
+			w.log.Debug("ledger entry ignored", "err", err)
+		}
+	}
+	w.log.Debug("caught up", "entries", entries)
 	return nil
 }
 
-// found notes one recorded request, trusted no more than a message.
-func (w *worker) found(e event) {
-	image, err := parseImage(e.Image)
-	if err != nil || !w.prefixes.allows(image) || w.tooFarAhead(e.RequestedAt) {
-		w.log.Debug("recorded request ignored", "image", cut(e.Image), "requested_at", e.RequestedAt)
-		return
-	}
-	w.note(event{image, e.RequestedAt}, time.Time{})
-}
-
-// forget drops requests that no longer count, so that memory is bounded by what
-// was asked for within the window.
-func (w *worker) forget(clock time.Time) {
-	now := w.now()
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for image, r := range w.requests {
-		// One that cannot be delivered is kept a little longer, so that it is
-		// given up, and said to be, when its turn comes.
-		if r.age(now, clock) > w.window+2*maxRetryAfter {
-			delete(w.requests, image)
-		}
-	}
-}
-
-// patchLoop works off the queue until ctx is done.
-func (w *worker) patchLoop(ctx context.Context) {
-	for ctx.Err() == nil {
+// reconcileLoop works off the queue until it is shut down.
+func (w *worker) reconcileLoop(ctx context.Context) {
+	for {
 		key, shutdown := w.queue.Get()
 		if shutdown {
 			return
 		}
-		w.reconcile(ctx, key)
+		if ctx.Err() == nil {
+			w.reconcile(ctx, key)
+		}
 		w.queue.Done(key)
 	}
 }
 
-// reconcile gives one Deployment the restart that it is owed, if any.
-func (w *worker) reconcile(ctx context.Context, key types.NamespacedName) {
-	w.mu.Lock()
-	delete(w.conflicts, key)
-	early := w.notBefore[key].Sub(w.now())
-	w.mu.Unlock()
+// reconcile gives one Deployment the restart that it needs, if any. The first
+// patch carries the resourceVersion of the entry, which keeps crossing requests of
+// several workers apart. If that is outdated, the worker decides on the present
+// version and patches without it: a Deployment in the middle of a rollout changes
+// several times a second.
+func (w *worker) reconcile(ctx context.Context, key string) {
 	d := w.cache.get(key)
 	if d == nil {
 		w.done(key)
 		return
 	}
-	if early > 0 {
-		w.queue.AddAfter(key, early)
+	if wait := w.backingOff(key); wait > 0 {
+		w.queue.AddAfter(key, wait)
 		return
 	}
-	if w.queue.NumRequeues(key) > 0 {
-		// What fails may take its time to do so. It leaves places for the rest.
-		select {
-		case w.retrying <- struct{}{}:
-			defer func() { <-w.retrying }()
-		default:
-			w.queue.AddAfter(key, placeDelay)
+	// A patch on its way when the worker is stopped is finished.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
+	defer cancel()
+	first := w.backoff.NumRequeues(key) == 0
+	for {
+		next := w.decide(d)
+		if next.verdict != due {
+			w.conclude(d, next)
 			return
 		}
-	}
-	image, r, v := w.owed(d)
-	log := w.log.With("namespace", d.Namespace, "deployment", d.Name, "image", image, "requested_at", formatTime(r.at))
-	switch v {
-	case verdictSatisfied:
-		w.done(key)
-	case verdictExpired:
-		if w.queue.NumRequeues(key) > 0 {
-			log.Error("gave up: the restart failed until the request was too old", "window", w.window.String())
-			w.done(key)
-			return
+		err := w.patch(ctx, d, next.request.at, first)
+		if first && outdated(err) {
+			first = false
+			present, fetchErr := w.cache.fetch(ctx, d.namespace, d.name)
+			if fetchErr == nil && present == nil { // deleted
+				w.done(key)
+				return
+			}
+			if fetchErr == nil {
+				d = present
+				continue
+			}
+			err = fmt.Errorf("reading the Deployment after a conflict: %w", fetchErr)
 		}
-		fallthrough
-	case verdictDeleting, verdictPaused:
-		log.Info("not restarted", "reason", v.String())
-		w.done(key)
-	case verdictRestart:
-		// A patch that is on its way when worker is stopped is finished.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
-		defer cancel()
-		w.settle(key, log, d, image, w.patch(ctx, d, r.at))
+		w.settle(d, next, err)
+		return
 	}
 }
 
-// settle logs the outcome of a patch and queues the Deployment again if it has
-// to be tried again.
-func (w *worker) settle(key types.NamespacedName, log *slog.Logger, d *deployment, image string, err error) {
-	switch {
-	case err == nil:
-		if _, cachedBy := d.image(image); cachedBy != "" {
-			log.Warn("restarted", "warning", fmt.Sprintf("imagePullPolicy %s: a node that has the image will not pull it again; set it to Always", cachedBy))
-		} else {
-			log.Info("restarted")
+// decide returns the decision on the newest request that d does not satisfy.
+func (w *worker) decide(d *deployment) (next decision) {
+	m := w.requests.moment()
+	for _, image := range d.images {
+		r, requested := w.requests.get(image.ref)
+		if !requested || image.pinned || r.at <= next.request.at {
+			continue
 		}
-		w.done(key)
-	case apierrors.IsConflict(err), apierrors.IsNotFound(err) && w.queue.NumRequeues(key) < 5:
-		// Somebody was faster, perhaps another worker, or deleted it. The watch
-		// brings what they did.
-		log.Debug("changed meanwhile, looking again")
-		w.mu.Lock()
-		w.conflicts[key] = struct{}{}
-		w.mu.Unlock()
-		w.queue.AddRateLimited(key) // the newer record may be there already
+		if candidate := w.rules.decide(d, image, r, m); candidate.verdict != satisfied {
+			next = candidate
+		}
+	}
+	return next
+}
+
+// conclude ends a look that led to no patch.
+func (w *worker) conclude(d *deployment, next decision) {
+	log := w.logFor(d, next)
+	switch {
+	case next.verdict == expired && w.backoff.NumRequeues(d.key()) > 0:
+		log.Error("gave up: the restart failed until the request expired")
+	case next.verdict != satisfied:
+		log.Info("not restarted", "reason", next.reason)
+	}
+	if next.verdict == deferred {
+		w.queue.AddAfter(d.key(), next.wait)
+	}
+	w.done(d.key())
+}
+
+// settle ends a look that led to a patch. A failure is tried again until it
+// succeeds or the request expires, with pauses that a newer request does not cut
+// short.
+func (w *worker) settle(d *deployment, next decision, err error) {
+	log, key := w.logFor(d, next), d.key()
+	switch {
+	case errors.Is(err, errNoEffect):
+		log.Error("restart had no effect", "err", err)
+	case err == nil && next.image.pullPolicy != "":
+		log.Warn("restarted", "warning", "imagePullPolicy is "+next.image.pullPolicy+
+			": nodes that have the image cached do not pull it again; set it to Always")
+	case err == nil:
+		log.Info("restarted")
 	default:
-		log.Warn("restart failed, trying again", "err", err, "tries", w.queue.NumRequeues(key)+1)
 		delay := w.backoff.When(key)
 		if later := (*retryAfterError)(nil); errors.As(err, &later) {
 			delay = max(delay, min(later.delay, maxRetryAfter))
-			w.mu.Lock()
-			w.notBefore[key] = w.now().Add(delay)
-			w.mu.Unlock()
 		}
+		log.Warn("restart failed, trying again", "err", err, "tries", w.backoff.NumRequeues(key), "retry_in", delay.String())
+		w.mu.Lock()
+		w.notBefore[key] = w.now().Add(delay)
+		w.mu.Unlock()
 		w.queue.AddAfter(key, delay)
+		return
 	}
+	w.done(key)
 }
 
-// done forgets what a Deployment that is owed nothing more has been through.
-func (w *worker) done(key types.NamespacedName) {
-	w.queue.Forget(key)
+func (w *worker) logFor(d *deployment, next decision) *slog.Logger {
+	return w.log.With("namespace", d.namespace, "deployment", d.name,
+		"image", next.image.ref, "requested_at", formatTime(next.request.at))
+}
+
+// backingOff returns how long a Deployment whose restart failed has to wait.
+func (w *worker) backingOff(key string) time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.notBefore[key].Sub(w.now())
+}
+
+// done forgets the failures of a Deployment.
+func (w *worker) done(key string) {
+	w.backoff.Forget(key)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.notBefore, key)
 }
 
-// owed returns what d is owed: the newest request for one of its images that
-// it has not restarted for, and what is to be done about it.
-func (w *worker) owed(d *deployment) (image string, r request, v verdict) {
-	now, clock := w.now(), w.clock()
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, c := range d.images {
-		candidate, ok := w.requests[c.ref]
-		if !ok || c.pinned || candidate.at <= r.at || w.tooFarAhead(candidate.at) {
-			continue
-		}
-		if verdict := decide(d, candidate, now, clock, w.window); verdict != verdictSatisfied {
-			image, r, v = c.ref, candidate, verdict
-		}
+// verdict is what a request means for a Deployment.
+type verdict int
+
+const (
+	satisfied verdict = iota
+	expired           // the request is too old
+	skipped           // there is nothing to restart
+	deferred          // not now
+	due               // restart
+)
+
+// decision is a verdict with the request that leads to it.
+type decision struct {
+	verdict verdict
+	reason  string        // for the log
+	wait    time.Duration // if deferred: when to look again
+	image   usedImage
+	request request
+}
+
+// rules are the bounds of the decision.
+type rules struct {
+	window   time.Duration // how long a request counts
+	interval time.Duration // WORKER_RESTART_INTERVAL
+}
+
+// decide is the one rule for messages, catch-up and retries alike.
+func (b rules) decide(d *deployment, image usedImage, r request, m moment) decision {
+	with := func(v verdict, reason string, wait time.Duration) decision {
+		return decision{v, reason, wait, image, r}
 	}
-	return image, r, v
+	requested, age := time.UnixMicro(r.at), m.now.Sub(r.made)
+	switch {
+	case m.proves(d.restartedAt, requested), m.proves(d.restarted.at, requested):
+		return with(satisfied, "", 0)
+	case image.cachedAt.After(r.receivedAt) && image.addedAt.After(requested):
+		return with(satisfied, "", 0) // its pods came after the request
+	case age >= b.window:
+		return with(expired, "expired", 0)
+	case d.deleting:
+		return with(skipped, "being deleted", 0)
+	case d.paused: // being resumed leads to a look; this one is for the log
+		return with(deferred, "paused", b.window-age)
+	}
+	if wait := b.interval - m.now.Sub(d.restarted.since); wait > 0 && !d.restarted.since.IsZero() {
+		return with(deferred, "restarted less than WORKER_RESTART_INTERVAL ago", wait)
+	}
+	return with(due, "", 0)
+}
+
+// proves reports whether a restartedAt shows a restart at or after a request. One
+// from the future proves nothing. In the worker's own form it may be a T that
+// another worker knows already; any other form comes from somebody else's clock.
+func (m moment) proves(restartedAt string, requested time.Time) bool {
+	present := m.clock
+	at, err := time.Parse(restartedAtLayout, restartedAt)
+	if err == nil {
+		present = time.UnixMicro(max(m.clock.Add(restartedAtLead).UnixMicro(), m.newest))
+	} else if at, err = time.Parse(time.RFC3339, restartedAt); err != nil {
+		return false
+	}
+	return !at.Before(requested) && !at.After(present)
+}
+
+// errNoEffect is a patch that the API server accepted without its effect.
+var errNoEffect = errors.New("the API server's answer lacks the annotation; a webhook may remove it")
+
+// patch restarts d as `kubectl rollout restart` does, and changes nothing else.
+// Since restartedAt is T, any number of workers send the same. The uid keeps it
+// from a Deployment of the same name that was created since.
+func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned bool) error {
+	type m = map[string]any
+	metadata := m{"uid": d.uid}
+	if versioned {
+		metadata["resourceVersion"] = d.resourceVersion
+	}
+	restartedAt := formatTime(at)
+	body, err := json.Marshal(m{"metadata": metadata,
+		"spec": m{"template": m{"metadata": m{"annotations": m{restartedAtAnnotation: restartedAt}}}}})
+	if err != nil {
+		return fmt.Errorf("encoding the patch: %w", err)
+	}
+	answer, err := w.client.Resource(deploymentsResource).Namespace(d.namespace).
+		Patch(ctx, d.name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager})
+	if err != nil {
+		return err
+	}
+	patched := newDeployment(answer)
+	w.cache.refresh(patched)
+	if patched.restartedAt != restartedAt {
+		return errNoEffect
+	}
+	return nil
+}
+
+// outdated reports whether a patch was refused because the entry is outdated: the
+// Deployment has changed, is gone, or has another uid, which the API server
+// answers as a change of an immutable field.
+func outdated(err error) bool {
+	return apierrors.IsConflict(err) || apierrors.IsNotFound(err) ||
+		apierrors.IsInvalid(err) && apierrors.HasStatusCause(err, metav1.CauseTypeFieldValueInvalid) && strings.Contains(err.Error(), "metadata.uid")
 }

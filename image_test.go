@@ -155,12 +155,14 @@ func TestImagePrefixes(t *testing.T) {
 }
 
 func TestParseContainerImage(t *testing.T) {
-	digest := "@sha256:" + strings.Repeat("a", 64)
-	for image, want := range map[string]containerImage{
+	for image, want := range map[string]struct {
+		ref    string
+		pinned bool
+	}{
 		"nginx":                               {ref: "docker.io/library/nginx:latest"},
 		"ghcr.io/acme/api:dev":                {ref: "ghcr.io/acme/api:dev"},
-		"ghcr.io/acme/api:dev" + digest:       {ref: "ghcr.io/acme/api:dev", pinned: true},
-		"ghcr.io/acme/api" + digest:           {},
+		"ghcr.io/acme/api:dev@" + digest:      {ref: "ghcr.io/acme/api:dev", pinned: true},
+		"ghcr.io/acme/api@" + digest:          {},
 		"":                                    {},
 		"ghcr.io/acme/API:dev":                {},
 		"${IMAGE}":                            {},
@@ -168,9 +170,9 @@ func TestParseContainerImage(t *testing.T) {
 		"localhost:5000/api":                  {ref: "localhost:5000/api:latest"},
 		"docker.io/library/nginx:1.29-alpine": {ref: "docker.io/library/nginx:1.29-alpine"},
 	} {
-		got, ok := parseContainerImage(image, "")
-		if ok != (want.ref != "") || ok && got != want {
-			t.Errorf("%q: got %+v, %v; want %+v", image, got, ok, want)
+		ref, pinned, ok := parseContainerImage(image)
+		if ref != want.ref || pinned != want.pinned || ok != (want.ref != "") {
+			t.Errorf("%q: got %q, %v, %v; want %+v", image, ref, pinned, ok, want)
 		}
 	}
 }
@@ -205,7 +207,7 @@ func FuzzParseRequest(f *testing.F) {
 				t.Fatalf("accepted image %q", image)
 			}
 			// As publishScript writes it.
-			e, err := parseEvent([]byte(`{"image":"` + image + `","requestedAt":1795226400123456}`))
+			e, err := parseMessage([]byte(`{"image":"` + image + `","requestedAt":1795226400123456}`))
 			if err != nil || e.Image != image || e.RequestedAt != 1795226400123456 {
 				t.Fatalf("%q came back as %+v, %v", image, e, err)
 			}
@@ -216,7 +218,7 @@ func FuzzParseRequest(f *testing.F) {
 	})
 }
 
-func FuzzParseEvent(f *testing.F) {
+func FuzzParseMessage(f *testing.F) {
 	for _, seed := range []string{
 		`{"image":"ghcr.io/acme/api:dev","requestedAt":1795226400123456}`, `{"image":"ghcr.io/acme/api:dev"}`,
 		`{"image":"x:y","requestedAt":-1}`, `{"image":"x:y","requestedAt":1e3}`,
@@ -224,7 +226,7 @@ func FuzzParseEvent(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, message []byte) {
-		e, err := parseEvent(message)
+		e, err := parseMessage(message)
 		if err != nil {
 			return
 		}
@@ -232,7 +234,7 @@ func FuzzParseEvent(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := parseEvent(text)
+		again, err := parseMessage(text)
 		if err != nil || again != e || e.RequestedAt < 0 {
 			t.Fatalf("%q: %+v came back as %+v, %v", message, e, again, err)
 		}

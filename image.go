@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"regexp"
 	"slices"
 	"strings"
@@ -16,24 +17,24 @@ import (
 
 const (
 	maxRequestBytes = 16 << 10 // body of POST /event
-	maxEventBytes   = 1 << 10  // PubSub message: the longest reference is 255+1+128 bytes
+	maxMessageBytes = 1 << 10  // the longest reference has 255+1+128 bytes
 	maxTags         = 32
 )
 
-// event says that an image was asked for at a time. Its JSON is the message on
-// the PubSub channel, and all that ever travels there.
-type event struct {
+// message is what web publishes on the PubSub channel: the image that was
+// requested, and when. Nothing else ever travels there.
+type message struct {
 	// Image is a canonical reference with a tag, such as
 	// docker.io/library/nginx:latest.
 	Image string `json:"image"`
-	// RequestedAt is T of the design: microseconds since 1970 on Valkey's
-	// clock. 0 in a message means now.
+	// RequestedAt is T: microseconds since 1970 on the logical clock of the
+	// ledger. 0 means now.
 	RequestedAt int64 `json:"requestedAt"`
 }
 
-// parseRequest reads the body of POST /event and returns the canonical
-// references it asks for, without repetitions. Its errors are for the job: one
-// line that says what is wrong and how to mend it.
+// parseRequest reads the body of POST /event and returns the canonical references
+// that it names, without repetitions. Its errors are for the job: one line that
+// says what is wrong and how to fix it.
 func parseRequest(body []byte) ([]string, error) {
 	var req struct {
 		Image string          `json:"image"`
@@ -53,7 +54,7 @@ func parseRequest(body []byte) ([]string, error) {
 		return []string{image}, nil
 	}
 
-	// A second decoder, because null and an absent member look alike in a slice.
+	// Decoded apart, because null and an absent member look alike in a slice.
 	var tags []string
 	if err := unmarshalStrict(req.Tags, &tags); err != nil || len(tags) == 0 || len(tags) > maxTags {
 		return nil, fmt.Errorf("tags must be a list of 1 to %d strings", maxTags)
@@ -63,13 +64,13 @@ func parseRequest(body []byte) ([]string, error) {
 		return nil, err
 	}
 	if !reference.IsNameOnly(named) {
-		return nil, fmt.Errorf("image %q has a tag or digest, and tags is given as well; give the tag in one place", cut(req.Image))
+		return nil, fmt.Errorf("image \"%s\" has a tag or digest, and tags is given as well; give the tag in one place", sanitize(req.Image))
 	}
 	var images []string
 	for _, tag := range tags {
 		tagged, err := reference.WithTag(named, tag)
 		if err != nil {
-			return nil, fmt.Errorf("tag %q is not valid; expected 1 to 128 letters, digits, underscores, dots or dashes, not beginning with a dot or dash", cut(tag))
+			return nil, fmt.Errorf("tag \"%s\" is not valid; expected 1 to 128 letters, digits, underscores, dots or dashes, not beginning with a dot or dash", sanitize(tag))
 		}
 		if image := tagged.String(); !slices.Contains(images, image) {
 			images = append(images, image)
@@ -78,40 +79,40 @@ func parseRequest(body []byte) ([]string, error) {
 	return images, nil
 }
 
-// parseEvent reads a message of the PubSub channel. worker trusts Valkey no
-// more than web trusts the internet: a message is parsed as strictly, and its
-// image checked as web checked it. The image is returned in canonical form.
-func parseEvent(message []byte) (event, error) {
-	var e event
-	if len(message) > maxEventBytes {
-		return e, fmt.Errorf("message of %d bytes; at most %d are read", len(message), maxEventBytes)
+// parseMessage reads a message of the PubSub channel. The worker trusts Valkey no
+// more than web trusts the internet, so it parses as strictly. The image that it
+// returns is canonical.
+func parseMessage(text []byte) (message, error) {
+	var m message
+	if len(text) > maxMessageBytes {
+		return m, fmt.Errorf("message of %d bytes, expected at most %d", len(text), maxMessageBytes)
 	}
-	if err := unmarshalStrict(message, &e); err != nil {
-		return e, err
+	if err := unmarshalStrict(text, &m); err != nil {
+		return m, err
 	}
-	if e.RequestedAt < 0 {
-		return e, fmt.Errorf("requestedAt %d is before 1970", e.RequestedAt)
+	if m.RequestedAt < 0 {
+		return m, fmt.Errorf("requestedAt %d is before 1970", m.RequestedAt)
 	}
 	var err error
-	e.Image, err = parseImage(e.Image)
-	return e, err
+	m.Image, err = parseImage(m.Image)
+	return m, err
 }
 
-// unmarshalStrict decodes one JSON value: valid UTF-8, no unknown member, none
-// in another case, none twice, nothing after it.
+// unmarshalStrict decodes one JSON value. It refuses invalid UTF-8, unknown and
+// duplicate members, names in another case, and anything after the value.
 func unmarshalStrict(data []byte, v any) error {
 	if !utf8.Valid(data) {
 		return errors.New("the JSON is not valid UTF-8")
 	}
 	strict, err := kjson.UnmarshalStrict(data, v)
 	if syntax, at := kjson.SyntaxErrorOffset(err); syntax {
-		return fmt.Errorf("the JSON cannot be read, at byte %d: %s", at, cut(err.Error()))
+		return fmt.Errorf("the JSON cannot be read, at byte %d: %s", at, sanitize(err.Error()))
 	}
-	if err != nil { // which speaks of Go's types
+	if err != nil { // it names Go types
 		return errors.New("the JSON has a value of the wrong type")
 	}
 	if len(strict) > 0 {
-		return fmt.Errorf("the JSON is not as expected: %s", cut(strict[0].Error()))
+		return fmt.Errorf("the JSON is not as expected: %s", sanitize(strict[0].Error()))
 	}
 	return nil
 }
@@ -123,64 +124,89 @@ func parseImage(s string) (string, error) {
 		return "", err
 	}
 	if _, ok := named.(reference.Tagged); !ok {
-		return "", fmt.Errorf("image %q has no tag; say which tag was pushed, such as %s:dev", cut(s), named.Name())
+		return "", fmt.Errorf("image \"%s\" has no tag; name the tag that was pushed, such as %s:dev", sanitize(s), named.Name())
 	}
 	return named.String(), nil
 }
 
-// parseNamed parses a reference by the grammar of distribution, the one that
-// Kubernetes itself uses, and refuses digests.
+// parseNamed parses a reference by the grammar that Kubernetes uses, and refuses
+// digests.
 func parseNamed(s string) (reference.Named, error) {
 	named, err := reference.ParseNormalizedNamed(s)
 	if err != nil {
 		if _, err := reference.ParseNormalizedNamed(strings.ToLower(s)); err == nil {
 			// As ${{ github.repository }} of an owner like Acme.
-			return nil, fmt.Errorf("image %q: the name must be in lower case", cut(s))
+			return nil, fmt.Errorf("image \"%s\": the name must be in lower case", sanitize(s))
 		}
-		return nil, fmt.Errorf("image %q is not a valid reference; expected registry/name:tag, such as ghcr.io/acme/api:dev", cut(s))
+		return nil, fmt.Errorf("image \"%s\" is not a valid reference; expected registry/name:tag, such as ghcr.io/acme/api:dev", sanitize(s))
 	}
 	if _, ok := named.(reference.Digested); ok {
-		return nil, fmt.Errorf("image %q has a digest: what a digest names cannot change, so there is nothing to restart for; give the tag alone", cut(s))
+		return nil, fmt.Errorf("image \"%s\" has a digest: what a digest names cannot change, so there is nothing to restart for; give the tag alone", sanitize(s))
 	}
 	return named, nil
 }
 
-// cut bounds what of a request is repeated in errors and logs.
-func cut(s string) string {
-	const most = 200
-	if len(s) <= most {
-		return s
-	}
-	return strings.ToValidUTF8(s[:most], "") + "…"
-}
-
-// containerImage is an image field of a pod template as the matcher sees it.
-type containerImage struct {
-	// ref is canonical, with its tag; what it names is what an event names.
-	ref string
-	// pinned: a digest stands beside the tag, so the tag is only decoration.
-	pinned bool
-	// pullPolicy is what makes a node pull again. Only Always does so for a tag
-	// that the node has cached.
-	pullPolicy string
-}
-
-// parseContainerImage canonicalises an image field of a pod template. ok is
-// false for what no event can name: an invalid reference, or a bare digest.
-func parseContainerImage(image, pullPolicy string) (c containerImage, ok bool) {
+// parseContainerImage returns the canonical form of an image field of a pod
+// template, no tag meaning latest. A pinned image has a digest beside its tag, so
+// that the tag no longer matters. ok is false for what no request can name: an
+// invalid reference, or a digest without a tag.
+func parseContainerImage(image string) (ref string, pinned, ok bool) {
 	named, err := reference.ParseNormalizedNamed(image)
 	if err != nil {
-		return c, false
+		return "", false, false
 	}
-	_, pinned := named.(reference.Digested)
+	_, pinned = named.(reference.Digested)
 	if !pinned {
-		named = reference.TagNameOnly(named) // no tag means latest
+		named = reference.TagNameOnly(named)
 	}
 	tagged, ok := named.(reference.Tagged)
 	if !ok {
-		return c, false
+		return "", false, false
 	}
-	return containerImage{named.Name() + ":" + tagged.Tag(), pinned, pullPolicy}, true
+	return named.Name() + ":" + tagged.Tag(), pinned, true
+}
+
+// podImages yields each image that a pod spec names, with its pull policy. It walks
+// the maps, because apimachinery's Nested functions copy what they return.
+func podImages(pod map[string]any) iter.Seq2[string, string] {
+	return func(yield func(image, pullPolicy string) bool) {
+		text := func(m map[string]any, name string) string {
+			s, _ := m[name].(string)
+			return s
+		}
+		for _, field := range []string{"initContainers", "containers"} {
+			for container := range children(pod, field) {
+				if !yield(text(container, "image"), text(container, "imagePullPolicy")) {
+					return
+				}
+			}
+		}
+		for volume := range children(pod, "volumes") {
+			// https://kubernetes.io/docs/concepts/storage/volumes/#image
+			source := child(volume, "image")
+			if !yield(text(source, "reference"), text(source, "pullPolicy")) {
+				return
+			}
+		}
+	}
+}
+
+// child returns an object within an object, nil if it is not there.
+func child(m map[string]any, name string) map[string]any {
+	c, _ := m[name].(map[string]any)
+	return c
+}
+
+// children yields the objects of a list within an object.
+func children(m map[string]any, name string) iter.Seq[map[string]any] {
+	return func(yield func(map[string]any) bool) {
+		list, _ := m[name].([]any)
+		for _, item := range list {
+			if object, ok := item.(map[string]any); ok && !yield(object) {
+				return
+			}
+		}
+	}
 }
 
 // imagePrefixes is ALLOWED_IMAGE_PREFIX.
@@ -226,8 +252,8 @@ func (p imagePrefixes) allows(image string) bool {
 	return false
 }
 
-// restartedAtLayout is how worker writes a restart's time: RFC 3339 in UTC with
-// exactly six digits of a second. A value in this form is worker's own.
+// restartedAtLayout is the worker's own form of restartedAt: RFC 3339 in UTC with
+// exactly six digits of a second.
 const restartedAtLayout = "2006-01-02T15:04:05.000000Z"
 
 // formatTime renders microseconds since 1970 as restartedAtLayout.

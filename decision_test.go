@@ -1,0 +1,157 @@
+package main
+
+import (
+	"testing"
+	"time"
+)
+
+func TestDecide(t *testing.T) {
+	clock := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	at := clock.Add(-10 * time.Minute)
+	now := time.Unix(1_000_000, 0) // the worker's own clock has nothing to do with it
+	own := func(d time.Duration) string { return formatTime(at.Add(d).UnixMicro()) }
+	other := func(d time.Duration) string { return at.Add(d).Format(time.RFC3339) }
+	const later = 10 * time.Minute // from T to now
+	received := func(ago time.Duration) request { return request{receivedAt: now.Add(-ago), made: now.Add(-ago)} }
+	caughtUp := func(ago time.Duration) request { return request{made: now.Add(-ago)} }
+	cached := func(ago time.Duration) usedImage {
+		return usedImage{cachedAt: now.Add(-ago), addedAt: at.Add(-time.Hour)}
+	}
+	added := func(ago, afterT time.Duration) usedImage {
+		return usedImage{cachedAt: now.Add(-ago), addedAt: at.Add(afterT)}
+	}
+	for name, tt := range map[string]struct {
+		request  request
+		image    usedImage
+		d        deployment
+		newest   time.Duration // the newest T known, after T
+		interval time.Duration
+		want     verdict
+	}{
+		"never restarted":                            {request: received(later), image: cached(time.Hour), want: due},
+		"never restarted, caught up":                 {request: caughtUp(later), image: cached(time.Hour), want: due},
+		"restarted before T":                         {d: deployment{restartedAt: own(-time.Microsecond)}, request: received(later), image: cached(time.Hour), want: due},
+		"restarted at T":                             {d: deployment{restartedAt: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"restarted after T":                          {d: deployment{restartedAt: own(time.Microsecond)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"restarted at T, and the annotation removed": {d: deployment{restarted: restart{at: own(0)}}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, 5 s ahead":                        {d: deployment{restartedAt: own(later + 5*time.Second)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, more than 5 s ahead":              {d: deployment{restartedAt: own(later + 5*time.Second + 1000)}, request: received(later), image: cached(time.Hour), want: due},
+		"own form, 2 h ahead, a T that is known":     {d: deployment{restartedAt: own(2 * time.Hour)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, beyond each T that is known":      {d: deployment{restartedAt: own(2*time.Hour + 1000)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: due},
+		"other form before T":                        {d: deployment{restartedAt: other(-time.Second)}, request: received(later), image: cached(time.Hour), want: due},
+		"other form at T":                            {d: deployment{restartedAt: other(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"other form now":                             {d: deployment{restartedAt: other(later)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"other form from the future":                 {d: deployment{restartedAt: other(later + time.Second)}, newest: time.Hour, request: received(later), image: cached(time.Hour), want: due},
+		"other form with an offset":                  {d: deployment{restartedAt: at.In(time.FixedZone("", 3600)).Format(time.RFC3339)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"milliseconds are another form":              {d: deployment{restartedAt: at.Add(later + time.Second).Format("2006-01-02T15:04:05.000Z")}, request: received(later), image: cached(time.Hour), want: due},
+		"an offset is another form":                  {d: deployment{restartedAt: at.Add(later+time.Second).Format("2006-01-02T15:04:05.000000") + "+00:00"}, request: received(later), image: cached(time.Hour), want: due},
+		"no time at all":                             {d: deployment{restartedAt: "yesterday"}, request: received(later), image: cached(time.Hour), want: due},
+
+		"cached when the message arrived, added later by another clock": {request: received(later), image: added(time.Hour, time.Hour), want: due},
+		"cached after the message, added before T":                      {request: received(later), image: added(time.Minute, -1), want: due},
+		"cached after the message, added at T":                          {request: received(later), image: added(time.Minute, 0), want: due},
+		"cached after the message, added after T":                       {request: received(later), image: added(time.Minute, 1), want: satisfied},
+		"caught up, added before T":                                     {request: caughtUp(later), image: added(time.Hour, -1), want: due},
+		"caught up, added after T":                                      {request: caughtUp(later), image: added(time.Hour, 1), want: satisfied},
+
+		"just before the window's end":     {request: received(time.Hour - 1), image: cached(2 * time.Hour), want: due},
+		"expired":                          {request: received(time.Hour), image: cached(2 * time.Hour), want: expired},
+		"expired while paused":             {request: caughtUp(time.Hour), image: cached(2 * time.Hour), d: deployment{paused: true}, want: expired},
+		"made in the future":               {request: caughtUp(-time.Hour), image: cached(2 * time.Hour), want: due},
+		"being deleted":                    {request: received(later), image: cached(time.Hour), d: deployment{deleting: true}, want: skipped},
+		"being deleted while paused":       {request: received(later), image: cached(time.Hour), d: deployment{deleting: true, paused: true}, want: skipped},
+		"paused":                           {request: received(later), image: cached(time.Hour), d: deployment{paused: true}, want: deferred},
+		"paused, restarted already":        {request: received(later), image: cached(time.Hour), d: deployment{paused: true, restartedAt: own(0)}, want: satisfied},
+		"restarted just now":               {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, interval: 10 * time.Second, want: deferred},
+		"restarted just now, no interval":  {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, want: due},
+		"restarted an interval ago":        {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-10 * time.Second)}}, interval: 10 * time.Second, want: due},
+		"restarted at an unknown time":     {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{at: own(-1000)}}, interval: 10 * time.Second, want: due},
+		"restarted just now, and expired":  {request: received(time.Hour), image: cached(2 * time.Hour), d: deployment{restarted: restart{own(-1000), now}}, interval: 10 * time.Second, want: expired},
+		"restarted just now and satisfied": {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(0), now}}, interval: 10 * time.Second, want: satisfied},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tt.request.at = at.UnixMicro()
+			m := moment{now: now, clock: clock, newest: at.Add(tt.newest).UnixMicro()}
+			got := rules{window: time.Hour, interval: tt.interval}.decide(&tt.d, tt.image, tt.request, m)
+			if got.verdict != tt.want {
+				t.Errorf("verdict %d, want %d", got.verdict, tt.want)
+			}
+			if got.verdict == deferred && (got.wait <= 0 || got.wait > time.Hour) {
+				t.Errorf("deferred for %s", got.wait)
+			}
+			if (got.reason == "") != (got.verdict == satisfied || got.verdict == due) {
+				t.Errorf("reason %q", got.reason)
+			}
+		})
+	}
+}
+
+// Nothing is older than it is, and no restart newer, because one of the two clocks
+// is wrong.
+func TestClocks(t *testing.T) {
+	own := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	for _, ahead := range []time.Duration{-2 * time.Hour, 0, 2 * time.Hour} {
+		elapsed := time.Duration(0)
+		q := newRequests(func() time.Time { return own.Add(elapsed) })
+		early := q.setClock(own.Add(ahead))
+		elapsed = time.Minute
+		if want := own.Add(min(ahead, 0)); !early.Equal(want) || !q.moment().clock.Equal(want.Add(elapsed)) {
+			t.Errorf("Valkey %s ahead: %s, then %s", ahead, early, q.moment().clock)
+		}
+		if want := own.Add(max(ahead, 0) + elapsed).UnixMicro(); q.next() != want {
+			t.Errorf("Valkey %s ahead: a message without T gets %d, want %d", ahead, q.next(), want)
+		}
+	}
+}
+
+func TestRequests(t *testing.T) {
+	now := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	q := newRequests(func() time.Time { return now })
+	at := now.UnixMicro()
+	for i, step := range []struct {
+		at       int64
+		received bool
+		added    bool
+	}{
+		{at, false, true},
+		{at, false, false},
+		{at, true, true}, // a message counts for more than the ledger
+		{at, true, false},
+		{at - 1, true, false},
+		{at + 1, false, true},
+		{at + 1, true, true},
+	} {
+		r := request{at: step.at, made: now}
+		if step.received {
+			r.receivedAt = now
+		}
+		if added, err := q.add(apiDev, r); added != step.added || err != nil {
+			t.Errorf("step %d: %v, %v", i, added, err)
+		}
+	}
+	if _, err := q.add(webDev, request{at: now.Add(ledgerAge).UnixMicro() + 1, made: now}); err == nil {
+		t.Error("a T more than a day ahead is remembered")
+	}
+
+	// Valkey's clock was 40 days ahead for a while.
+	ahead := now.Add(40 * 24 * time.Hour)
+	q.setClock(ahead)
+	if added, err := q.add(webDev, request{at: ahead.UnixMicro(), made: now}); !added || err != nil {
+		t.Fatal(added, err)
+	}
+	q.setClock(now)
+	if _, known := q.get(webDev); known || q.moment().newest != at+1 {
+		t.Errorf("known %v, newest %d", known, q.moment().newest)
+	}
+
+	now = now.Add(time.Hour)
+	q.forget(time.Hour)
+	if _, known := q.get(apiDev); !known {
+		t.Error("forgotten too early")
+	}
+	now = now.Add(1)
+	q.forget(time.Hour)
+	if _, known := q.get(apiDev); known {
+		t.Error("never forgotten")
+	}
+}

@@ -1,0 +1,288 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kuberollouttrigger/internal/fake"
+)
+
+// sequence answers the patches of one Deployment with these statuses, and then
+// lets them through.
+func sequence(key string, header http.Header, statuses ...int) func(fake.PatchCall) (int, http.Header) {
+	var mu sync.Mutex
+	return func(call fake.PatchCall) (int, http.Header) {
+		mu.Lock()
+		defer mu.Unlock()
+		if call.Key != key || len(statuses) == 0 {
+			return 0, nil
+		}
+		next := statuses[0]
+		statuses = statuses[1:]
+		return next, header
+	}
+}
+
+func TestFailedRestartIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.Create("a/broken", fake.Spec{Image: apiDev})
+	var works atomic.Bool
+	broken, api := failUnless(&works), sequence("a/api", nil, 500, 503, 422, 403)
+	kube.OnPatch = func(call fake.PatchCall) (int, http.Header) {
+		if call.Key == "a/broken" {
+			return broken(call)
+		}
+		return api(call)
+	}
+	w := startWorker(t, kube)
+	at := w.publish(apiDev)
+	w.awaitRestart("a/api", at) // whatever becomes of a/broken
+	if n := w.patches("a/api"); n != 5 {
+		t.Errorf("a/api was patched %d times instead of 5", n)
+	}
+	if !w.logs.has(`"level":"WARN"`, `"msg":"restart failed, trying again"`, `"deployment":"broken"`, at) {
+		t.Error("the failure is not logged")
+	}
+	works.Store(true)
+	w.awaitRestart("a/broken", at)
+}
+
+// A 409 or 404 that has nothing to do with the version is a failure like any
+// other: it backs off, a newer request included.
+func TestPermanentRefusal(t *testing.T) {
+	t.Parallel()
+	for _, code := range []int{http.StatusConflict, http.StatusForbidden, http.StatusNotFound, http.StatusUnprocessableEntity} {
+		kube := newKubernetes(t)
+		kube.Create("a/api", fake.Spec{Image: apiDev})
+		kube.OnPatch = sequence("a/api", nil, code, code, code, code, code)
+		m, _ := testValkey(t)
+		w := newTestWorker(t, kube, m)
+		w.backoff = newBackoff() // that of production: one second, then two
+		w.start()
+		eventually(t, "the worker is ready", func() bool { return w.ready() == nil })
+		for range 20 {
+			w.publish(apiDev)
+		}
+		eventually(t, "the failure is logged", func() bool { return w.logs.has(`"level":"WARN"`, "restart failed", `"deployment":"api"`) })
+		w.settled()
+		if n := w.patches("a/api"); n > 2 {
+			t.Errorf("%d: patched %d times at once", code, n)
+		}
+	}
+}
+
+// A 429 is not answered with more load before its Retry-After is over, not for a
+// newer request either.
+func TestRetryAfter(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	var mu sync.Mutex
+	var times []time.Time
+	refuse := sequence("a/api", http.Header{"Retry-After": {"1"}}, 429)
+	kube.OnPatch = func(call fake.PatchCall) (int, http.Header) {
+		mu.Lock()
+		defer mu.Unlock()
+		times = append(times, time.Now())
+		return refuse(call)
+	}
+	w := startWorker(t, kube)
+	w.publish(apiDev)
+	eventually(t, "it is refused", func() bool { return w.logs.has("restart failed", "429", "Retry-After: 1s") })
+	w.awaitRestart("a/api", w.publish(apiDev))
+	mu.Lock()
+	defer mu.Unlock()
+	if len(times) != 2 || times[1].Sub(times[0]) < time.Second {
+		t.Errorf("patched at %v, with Retry-After: 1", times)
+	}
+}
+
+// A Deployment that changes all the time costs two patches and one list.
+func TestConflict(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
+		kube.ChangeStatus("a/api", func(object map[string]any) {
+			object["status"] = map[string]any{"observedGeneration": time.Now().UnixNano()}
+		})
+		return 0, nil
+	}
+	w := startWorker(t, kube)
+	lists := len(kube.Lists())
+	w.awaitRestart("a/api", w.publish(apiDev))
+	calls := kube.Patches("a/api")
+	if len(calls) != 2 || !strings.Contains(calls[0].Body, "resourceVersion") || strings.Contains(calls[1].Body, "resourceVersion") || !strings.Contains(calls[1].Body, `"uid"`) {
+		t.Errorf("patches %v", calls)
+	}
+	if more := kube.Lists()[lists:]; len(more) != 1 || more[0].Get("fieldSelector") != "metadata.name=api" {
+		t.Errorf("lists %v", more)
+	}
+}
+
+// Another worker was faster by a hair: its newer T is not replaced by an older one.
+func TestOutdatedEntry(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	newer := formatTime(time.Now().Add(time.Second).UnixMicro())
+	overtake := sync.OnceFunc(func() {
+		kube.Change("a/api", func(object map[string]any) {
+			child(child(object, "spec"), "template")["metadata"] = map[string]any{"annotations": map[string]any{restartedAtAnnotation: newer}}
+		})
+	})
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { overtake(); return 0, nil }
+	w := startWorker(t, kube)
+	w.publish(apiDev)
+	w.settled()
+	if n := w.patches("a/api"); n != 1 || kube.RestartedAt("a/api") != newer {
+		t.Errorf("%d patches, restartedAt is %s; the newer one was %s", n, kube.RestartedAt("a/api"), newer)
+	}
+}
+
+// A Deployment of the same name that the watch has not shown yet is another one.
+func TestRecreated(t *testing.T) {
+	t.Parallel()
+	for name, created := range map[string]time.Duration{"before the request": -time.Minute, "after the request": time.Hour} {
+		kube := newKubernetes(t)
+		kube.Create("a/api", fake.Spec{Image: apiDev})
+		w := startWorker(t, kube)
+		kube.ChangeUnseen(func() { kube.Create("a/api", fake.Spec{Image: apiDev, Created: time.Now().Add(created)}) })
+		at := w.request(apiDev)
+		if created < 0 {
+			w.awaitRestart("a/api", at)
+			continue
+		}
+		w.settled()
+		if restartedAt := kube.RestartedAt("a/api"); restartedAt != "" || w.logs.has("restart failed") {
+			t.Errorf("created %s: restarted at %q", name, restartedAt)
+		}
+	}
+}
+
+// A Deployment that is gone when its patch arrives is no failure.
+func TestDeletedMeanwhile(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	w := startWorker(t, kube)
+	kube.ChangeUnseen(func() { kube.Delete("a/api") })
+	w.publish(apiDev)
+	eventually(t, "it was tried", func() bool { return w.patches("a/api") == 1 })
+	w.settled()
+	if w.patches("a/api") != 1 || w.logs.has("restart failed") {
+		t.Errorf("%d patches", w.patches("a/api"))
+	}
+}
+
+// Two workers, one of them slow, and a GitOps tool that removes the annotation:
+// the slow one does not put it back.
+func TestGitOpsAndTwoWorkers(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	var n atomic.Int32
+	both, removed := make(chan struct{}), make(chan struct{})
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
+		switch n.Add(1) {
+		case 1:
+			<-both
+		case 2:
+			close(both)
+			<-removed
+		}
+		return 0, nil
+	}
+	a := startWorker(t, kube)
+	b := startWorkerOn(t, kube, a.valkey)
+	eventually(t, "both are ready", func() bool { return b.ready() == nil })
+	at := a.publish(apiDev)
+	a.awaitRestart("a/api", at)
+	for _, w := range []*testWorker{a, b} {
+		eventually(t, "both have seen it", func() bool { return w.cache.get("a/api").restarted.at == at })
+	}
+	kube.Change("a/api", removeAnnotation)
+	close(removed)
+	a.settled()
+	eventually(t, "nobody is busy", func() bool { return a.queue.Len()+b.queue.Len() == 0 })
+	if got := kube.Applied("a/api"); len(got) != 1 {
+		t.Errorf("restarted at %q", got)
+	}
+}
+
+// A webhook that removes the annotation is reported, and not tried again.
+func TestNoEffect(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.OnStore = removeAnnotation
+	w := startWorker(t, kube)
+	at := w.publish(apiDev)
+	eventually(t, "it is reported", func() bool {
+		return w.logs.has(`"level":"ERROR"`, `"msg":"restart had no effect"`, "webhook", `"deployment":"api"`, at)
+	})
+	kube.Lock()
+	kube.OnStore = nil
+	kube.Unlock()
+	w.settled()
+	if w.patches("a/api") != 1 || w.logs.has(`"msg":"restarted"`, `"deployment":"api"`) {
+		t.Errorf("%d patches", w.patches("a/api"))
+	}
+}
+
+func TestGiveUp(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { return 500, nil }
+	w := startWorker(t, kube)
+	at := w.publish(apiDev)
+	eventually(t, "it failed", func() bool { return w.patches("a/api") > 3 })
+	w.ahead.Store(int64(61 * time.Minute))
+	eventually(t, "it is given up", func() bool { return w.logs.has(`"level":"ERROR"`, "gave up", `"deployment":"api"`, at) })
+	tries := w.patches("a/api")
+	time.Sleep(60 * time.Millisecond)
+	if n := w.patches("a/api"); n != tries {
+		t.Error("it is still patched")
+	}
+}
+
+// Patches that hang hold up others for one time-out for each round of them.
+func TestHangingPatches(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	const hanging, concurrency = 8, 4
+	for i := range hanging {
+		kube.Create(fmt.Sprintf("bad/api-%d", i), fake.Spec{Image: apiDev})
+	}
+	kube.Create("good/web", fake.Spec{Image: webDev})
+	var inFlight, rounds atomic.Int32
+	next := make(chan struct{})
+	kube.OnPatch = func(call fake.PatchCall) (int, http.Header) {
+		if call.Key == "good/web" {
+			return 0, nil
+		}
+		if inFlight.Add(1) == concurrency {
+			inFlight.Store(0)
+			rounds.Add(1)
+		}
+		<-next
+		return 500, nil
+	}
+	w := startWorker(t, kube, func(c *workerConfig) { c.Concurrency = concurrency })
+	w.publish(apiDev)
+	eventually(t, "the first patches hang", func() bool { return rounds.Load() == 1 })
+	at := w.publish(webDev)
+	for range hanging { // the time-outs of the first round, and of the second
+		next <- struct{}{}
+	}
+	w.awaitRestart("good/web", at)
+	close(next)
+}

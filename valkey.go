@@ -1,0 +1,487 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"maps"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/valkey-io/valkey-go"
+)
+
+// The ledger is one sorted set in Valkey, <channel>:requested. Its members are
+// canonical references, their scores the T of the newest request for each: a
+// logical clock in microseconds that follows Valkey's own. PubSub messages are
+// the fast path; the ledger is what a 202 promises.
+
+const (
+	// ledgerAge is how long a request stays in the ledger at least, and the
+	// longest WORKER_CATCH_UP. A T further ahead of Valkey's clock was left by a
+	// clock that was wrong.
+	ledgerAge = 24 * time.Hour
+
+	// maxLedger bounds the images in the ledger, for the memory that k8s/ gives
+	// to Valkey and the workers. What would exceed it is refused, so that nobody
+	// can push out what was accepted from others.
+	maxLedger = 20_000
+
+	// ledgerPage is how many entries the worker reads at once.
+	ledgerPage = 1_000
+
+	// publishTimeout bounds how long a job waits for Valkey before it is told to
+	// try again.
+	publishTimeout = 2500 * time.Millisecond
+
+	// maxPublishing is how many scripts web keeps in flight. It stays well below
+	// the 1,024 slots of valkey-go's ring, because a command that waits for a slot
+	// ignores its context.
+	maxPublishing = 256
+
+	// transientDelay is the pause before Valkey is tried again. configurationDelay
+	// follows a refusal that lasts until somebody fixes a password or an ACL.
+	transientDelay     = 250 * time.Millisecond
+	configurationDelay = 5 * time.Second
+)
+
+// publishScript writes the images ARGV[2..] to the ledger KEYS[1] and publishes
+// them on the channel ARGV[1], all or none. They share one T: Valkey's time, or
+// one more than the newest T in the ledger, so that T grows over all images
+// whatever becomes of the clock. Entries more than a day ahead are dated anew.
+// Old entries are removed only when the bound is near: a clock that is ahead for
+// a while must delete nothing.
+//
+// Scores are formatted with %.0f because Lua prints 14 digits; a double holds
+// these 16 exactly until the year 2255. The message is concatenated because cjson
+// escapes slashes; a canonical reference has nothing that JSON would escape.
+var publishScript = valkey.NewLuaScript(fmt.Sprintf(`
+local clock = redis.call('TIME')
+local now = clock[1] * 1000000 + clock[2]
+local day, bound = %d, %d
+local micros = function(t) return string.format('%%.0f', t) end
+local newest = redis.call('ZRANGE', KEYS[1], micros(now + day), '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')
+local t = now
+if newest[2] and tonumber(newest[2]) >= t then t = tonumber(newest[2]) + 1 end
+local added = 0
+for i = 2, #ARGV do
+  if not redis.call('ZSCORE', KEYS[1], ARGV[i]) then added = added + 1 end
+end
+if added > 0 and redis.call('ZCARD', KEYS[1]) + added > bound then
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. micros(now - day))
+  if redis.call('ZCARD', KEYS[1]) + added > bound then
+    return redis.error_reply('FULL too many images were requested within a day')
+  end
+end
+local at = micros(t)
+for i = 2, #ARGV do
+  redis.call('ZADD', KEYS[1], at, ARGV[i])
+end
+for _, image in ipairs(redis.call('ZRANGE', KEYS[1], '(' .. micros(now + day), '+inf', 'BYSCORE')) do
+  redis.call('ZADD', KEYS[1], at, image)
+end
+local subscribers = 0
+for i = 2, #ARGV do
+  subscribers = redis.call('PUBLISH', ARGV[1], '{"image":"' .. ARGV[i] .. '","requestedAt":' .. at .. '}')
+end
+return {at, subscribers}
+`, ledgerAge.Microseconds(), maxLedger))
+
+// errBusy is a publish refused because too many are in flight.
+var errBusy = errors.New("too many requests in flight to valkey")
+
+// publisher is web's side of Valkey.
+type publisher struct {
+	client     valkey.Client
+	channel    string
+	timeout    time.Duration
+	publishing chan struct{} // a slot for each script in flight
+}
+
+// newPublisher works without a reachable Valkey: the client connects when it is
+// used. An error is a configuration that can never work.
+func newPublisher(cfg valkeyConfig, log *slog.Logger) (*publisher, error) {
+	client, err := newValkeyClient(cfg, log, func(o *valkey.ClientOption) {
+		o.RingScaleEachConn = 10
+		o.DisableRetry = true // a script may have run although its answer was lost
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &publisher{client, cfg.Channel, publishTimeout, make(chan struct{}, maxPublishing)}, nil
+}
+
+// publish records the images in the ledger and publishes them; all or none. It
+// returns T in microseconds and how many subscribers received the message. After
+// an error the images may be recorded nevertheless, if only the answer was lost.
+func (p *publisher) publish(ctx context.Context, images []string) (requestedAt, subscribers int64, err error) {
+	select {
+	case p.publishing <- struct{}{}:
+		defer func() { <-p.publishing }()
+	default:
+		return 0, 0, errBusy
+	}
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	args := append([]string{p.channel}, images...)
+	reply, err := publishScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, args).ToArray()
+	if err != nil {
+		return 0, 0, valkeyError("recording the request", err)
+	}
+	if len(reply) != 2 {
+		return 0, 0, fmt.Errorf("recording the request: valkey answered %d values instead of 2", len(reply))
+	}
+	if requestedAt, err = reply[0].AsInt64(); err == nil {
+		subscribers, err = reply[1].AsInt64()
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("recording the request: reading valkey's answer: %w", err)
+	}
+	return requestedAt, subscribers, nil
+}
+
+// readyScript fails unless publishScript would work: the user may run all its
+// commands, and Valkey takes a write. ZADD XX changes nothing, since no image is
+// empty, but is refused as a change would be (READONLY, OOM, MISCONF, WRONGTYPE).
+var readyScript = valkey.NewLuaScript(`
+local needed = {
+  {'TIME'}, {'ZRANGE', KEYS[1], '0', '0'}, {'ZSCORE', KEYS[1], ''}, {'ZCARD', KEYS[1]},
+  {'ZREMRANGEBYSCORE', KEYS[1], '0', '0'}, {'ZADD', KEYS[1], '0', ''}, {'PUBLISH', ARGV[1], ''},
+}
+for _, command in ipairs(needed) do
+  if redis.acl_check_cmd and not redis.acl_check_cmd(unpack(command)) then
+    return redis.error_reply('NOPERM this user may not ' .. command[1])
+  end
+end
+return redis.call('ZADD', KEYS[1], 'XX', '0', '')
+`)
+
+// ready reports whether Valkey answers and would let this user publish.
+func (p *publisher) ready(ctx context.Context) error {
+	return valkeyError("checking", readyScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, []string{p.channel}).Error())
+}
+
+func (p *publisher) close() { p.client.Close() }
+
+// subscriber is the worker's side of Valkey. Messages and reads have a connection
+// each, because a command that the callback sends on the subscribing connection
+// can deadlock valkey-go.
+type subscriber struct {
+	messages, reader valkey.Client
+	channel          string
+	log              *slog.Logger
+	lost             atomic.Pointer[error] // why there is no subscription; nil: there is
+}
+
+// newSubscriber works without a reachable Valkey, as newPublisher does.
+func newSubscriber(cfg valkeyConfig, log *slog.Logger) (*subscriber, error) {
+	small := func(o *valkey.ClientOption) {
+		o.RingScaleEachConn = 6
+		o.DisableRetry = true // run and the catch-up retry, and log it
+	}
+	messages, err := newValkeyClient(cfg, log, small)
+	if err != nil {
+		return nil, err
+	}
+	reader, err := newValkeyClient(cfg, log, small)
+	if err != nil {
+		messages.Close()
+		return nil, err
+	}
+	s := &subscriber{messages: messages, reader: reader, channel: cfg.Channel, log: log}
+	notYet := errors.New("not subscribed yet")
+	s.lost.Store(&notYet)
+	return s, nil
+}
+
+// run stays subscribed until ctx is done. It calls received for each message and
+// confirmed after each confirmed (re)subscription: what was published before that
+// is in the ledger only. Neither may block.
+func (s *subscriber) run(ctx context.Context, received func(message string), confirmed func()) {
+	ctx = valkey.WithOnSubscriptionHook(ctx, func(sub valkey.PubSubSubscription) {
+		if sub.Kind != "subscribe" {
+			return
+		}
+		s.lost.Store(nil)
+		s.log.Info("subscribed", "channel", s.channel)
+		confirmed()
+	})
+	for ctx.Err() == nil {
+		err := s.messages.Receive(ctx, s.messages.B().Subscribe().Channel(s.channel).Build(),
+			func(m valkey.PubSubMessage) { received(m.Message) })
+		if ctx.Err() != nil {
+			return
+		}
+		if err == nil { // valkey-go's answer to an UNSUBSCRIBE
+			err = errors.New("the subscription ended")
+		}
+		err = valkeyError("subscribing to "+s.channel, err)
+		if before := s.lost.Swap(&err); before == nil || (*before).Error() != err.Error() {
+			s.log.Warn("not subscribed", "err", err) // once, not at each retry
+		}
+		sleep(ctx, retryDelay(err))
+	}
+}
+
+// ready is nil while there is a subscription.
+func (s *subscriber) ready() error {
+	if err := s.lost.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// time is Valkey's clock.
+func (s *subscriber) time(ctx context.Context) (time.Time, error) {
+	clock, err := s.reader.Do(ctx, s.reader.B().Time().Build()).AsIntSlice()
+	if err == nil && len(clock) != 2 {
+		err = fmt.Errorf("%d values instead of 2", len(clock))
+	}
+	if err != nil {
+		return time.Time{}, valkeyError("reading the time", err)
+	}
+	return time.Unix(clock[0], clock[1]*int64(time.Microsecond)), nil
+}
+
+// ledger yields the ledger's entries since a time, the newest first, in pages. It
+// yields them as they stand: the caller validates them. An error ends it. An entry
+// that gets a newer T meanwhile moves to the front and has a message of its own;
+// it makes the pages overlap and hides no other.
+func (s *subscriber) ledger(ctx context.Context, since time.Time) iter.Seq2[message, error] {
+	oldest := strconv.FormatInt(since.UnixMicro(), 10)
+	return func(yield func(message, error) bool) {
+		for offset := int64(0); offset < maxLedger; offset += ledgerPage {
+			entries, err := s.reader.Do(ctx, s.reader.B().Zrevrangebyscore().Key(ledgerKey(s.channel)).
+				Max("+inf").Min(oldest).Withscores().Limit(offset, ledgerPage).Build()).AsZScores()
+			if err != nil {
+				yield(message{}, valkeyError("reading the ledger", err))
+				return
+			}
+			for _, entry := range entries {
+				if !yield(message{entry.Member, int64(entry.Score)}, nil) {
+					return
+				}
+			}
+			if len(entries) < ledgerPage {
+				return
+			}
+		}
+	}
+}
+
+func (s *subscriber) close() {
+	s.messages.Close()
+	s.reader.Close()
+}
+
+func ledgerKey(channel string) string { return channel + ":requested" }
+
+// request is the newest request for an image.
+type request struct {
+	at int64 // T
+	// receivedAt is when the message arrived, zero if the request was caught up.
+	// Like made it is on the worker's monotonic clock, which no jump affects.
+	receivedAt time.Time
+	made       time.Time // when it was made, as far as the worker knows
+}
+
+// moment is the time of a decision.
+type moment struct {
+	now    time.Time // the worker's monotonic clock
+	clock  time.Time // the earlier of Valkey's clock and the worker's own
+	newest int64     // the newest T known
+}
+
+// requests is what the worker remembers of the ledger and of messages.
+type requests struct {
+	now func() time.Time
+
+	mu      sync.Mutex
+	byImage map[string]request
+	newest  int64
+	valkey  time.Time // Valkey's clock when it was read last
+	readAt  time.Time // the worker's clock then; zero: not yet
+}
+
+func newRequests(now func() time.Time) *requests {
+	return &requests{now: now, byImage: map[string]request{}}
+}
+
+// clocks returns Valkey's clock and the worker's own, the earlier one first: one
+// that is wrong must not make a request look too old, nor a restart too new.
+func (q *requests) clocks() (early, late time.Time) {
+	now := q.now()
+	own := now.Round(0) // the wall clock
+	if q.readAt.IsZero() {
+		return own, own
+	}
+	if valkey := q.valkey.Add(now.Sub(q.readAt)); valkey.Before(own) {
+		return valkey, own
+	} else {
+		return own, valkey
+	}
+}
+
+// tooFarAhead reports whether Valkey's clock was wrong when it gave T. Remembered,
+// it would satisfy every request for more than a day.
+func (q *requests) tooFarAhead(at int64) bool {
+	_, late := q.clocks()
+	return at > late.Add(ledgerAge).UnixMicro()
+}
+
+// setClock takes Valkey's clock and returns the earlier of it and the worker's
+// own. What was remembered while the clock was wrong is forgotten.
+func (q *requests) setClock(valkey time.Time) time.Time {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.valkey, q.readAt, q.newest = valkey, q.now(), 0
+	for image, r := range q.byImage {
+		if q.tooFarAhead(r.at) {
+			delete(q.byImage, image)
+		} else {
+			q.newest = max(q.newest, r.at)
+		}
+	}
+	early, _ := q.clocks()
+	return early
+}
+
+// forget drops the requests that are older than age.
+func (q *requests) forget(age time.Duration) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	maps.DeleteFunc(q.byImage, func(_ string, r request) bool { return q.now().Sub(r.made) > age })
+}
+
+// add remembers a request if it is the newest for its image, or if its message
+// arrives after it was caught up.
+func (q *requests) add(image string, r request) (added bool, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	previous, known := q.byImage[image]
+	switch {
+	case q.tooFarAhead(r.at):
+		return false, fmt.Errorf("requestedAt %d of image %s is more than %s ahead", r.at, image, ledgerAge)
+	case r.at < previous.at || r.at == previous.at && (r.receivedAt.IsZero() || !previous.receivedAt.IsZero()):
+		return false, nil
+	case !known && len(q.byImage) >= 2*maxLedger: // web keeps to maxLedger
+		return false, fmt.Errorf("image %s exceeds the %d that are remembered", image, 2*maxLedger)
+	}
+	q.byImage[image] = r
+	q.newest = max(q.newest, r.at)
+	return true, nil
+}
+
+func (q *requests) get(image string) (r request, known bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	r, known = q.byImage[image]
+	return r, known
+}
+
+// next returns the T of a message that has none.
+func (q *requests) next() int64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	_, late := q.clocks()
+	return max(late.UnixMicro(), q.newest+1)
+}
+
+func (q *requests) moment() moment {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	early, _ := q.clocks()
+	return moment{q.now(), early, q.newest}
+}
+
+// newValkeyClient returns a client of one connection that notices a dead or
+// silent peer within 5 s: valkey-go pings an idle connection every KeepAlive
+// and waits ConnWriteTimeout for the answer.
+func newValkeyClient(cfg valkeyConfig, log *slog.Logger, adjust func(*valkey.ClientOption)) (valkey.Client, error) {
+	o := valkey.ClientOption{
+		InitAddress:         []string{cfg.Addr},
+		Username:            cfg.Username,
+		Password:            cfg.Password,
+		Dialer:              net.Dialer{Timeout: 2 * time.Second, KeepAlive: time.Second},
+		ConnWriteTimeout:    2 * time.Second,
+		ReadBufferEachConn:  64 << 10,
+		WriteBufferEachConn: 64 << 10,
+		PipelineMultiplex:   -1,
+		AlwaysPipelining:    true,
+		ForceSingleClient:   true,
+		// These would need rights that the ACL of k8s/ does not grant.
+		DisableCache:  true,
+		ClientSetInfo: valkey.DisableClientSetInfo,
+	}
+	if cfg.TLS {
+		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.TLSRoots}
+	}
+	adjust(&o)
+	client, err := valkey.NewClient(o)
+	if client == nil {
+		return nil, fmt.Errorf("connecting to valkey at %s: %w", cfg.Addr, err)
+	}
+	if err != nil { // it connects once Valkey is there
+		log.Warn("valkey cannot be reached yet", "addr", cfg.Addr, "err", valkeyError("connecting", err))
+	}
+	return client, nil
+}
+
+// configurationError is a command that Valkey refuses until somebody fixes the
+// configuration.
+type configurationError struct {
+	err  error
+	hint string // what to fix
+}
+
+func (e *configurationError) Error() string { return e.err.Error() + "; " + e.hint }
+func (e *configurationError) Unwrap() error { return e.err }
+
+// valkeyError says what was being done and, where only an operator can help, what
+// to fix. Other errors pass by themselves: Valkey restarts, loads, fails over.
+func valkeyError(doing string, err error) error {
+	if err == nil {
+		return nil
+	}
+	wrapped := fmt.Errorf("valkey: %s: %w", doing, err)
+	refused, ok := valkey.IsValkeyErr(err)
+	if !ok {
+		return wrapped
+	}
+	code, _, _ := strings.Cut(refused.Error(), " ")
+	if strings.Contains(refused.Error(), "ACL failure in script") {
+		code = "NOPERM" // as Valkey words it inside a script
+	}
+	switch code {
+	case "NOAUTH", "WRONGPASS":
+		return &configurationError{wrapped, "check VALKEY_USERNAME and VALKEY_PASSWORD"}
+	case "NOPERM":
+		return &configurationError{wrapped, "check this user's ACL in Valkey; k8s/20-valkey.yaml has what it needs"}
+	case "WRONGTYPE":
+		return &configurationError{wrapped, "another program uses the key; choose another VALKEY_CHANNEL"}
+	}
+	return wrapped
+}
+
+// retryDelay is how long to wait after an error from Valkey.
+func retryDelay(err error) time.Duration {
+	if refused := (*configurationError)(nil); errors.As(err, &refused) {
+		return configurationDelay
+	}
+	return transientDelay
+}
+
+// sleep waits for d or until ctx is done.
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
