@@ -93,7 +93,7 @@ func TestClocks(t *testing.T) {
 	for _, ahead := range []time.Duration{-2 * time.Hour, 0, 2 * time.Hour} {
 		elapsed := time.Duration(0)
 		q := newRequests(func() time.Time { return own.Add(elapsed) })
-		early := q.setClock(own.Add(ahead))
+		early := q.setClock(own.Add(ahead), time.Hour)
 		elapsed = time.Minute
 		if want := own.Add(min(ahead, 0)); !early.Equal(want) || !q.moment().clock.Equal(want.Add(elapsed)) {
 			t.Errorf("Valkey %s ahead: %s, then %s", ahead, early, q.moment().clock)
@@ -135,22 +135,22 @@ func TestRequests(t *testing.T) {
 
 	// Valkey's clock was 40 days ahead for a while.
 	ahead := now.Add(40 * 24 * time.Hour)
-	q.setClock(ahead)
+	q.setClock(ahead, time.Hour)
 	if added, err := q.add(webDev, request{at: ahead.UnixMicro(), made: now}); !added || err != nil {
 		t.Fatal(added, err)
 	}
-	q.setClock(now)
+	q.setClock(now, time.Hour)
 	if _, known := q.get(webDev); known || q.moment().newest != at+1 {
 		t.Errorf("known %v, newest %d", known, q.moment().newest)
 	}
 
 	now = now.Add(time.Hour)
-	q.forget(time.Hour)
+	q.setClock(now, time.Hour)
 	if _, known := q.get(apiDev); !known {
 		t.Error("forgotten too early")
 	}
 	now = now.Add(1)
-	q.forget(time.Hour)
+	q.setClock(now, time.Hour)
 	if _, known := q.get(apiDev); known {
 		t.Error("never forgotten")
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,20 +28,17 @@ var deploymentsResource = schema.GroupVersionResource{Group: "apps", Version: "v
 const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
 
 const (
-	// listPage is how many Deployments one page of a list has.
-	listPage = 500
+	listPage = 500 // Deployments in one page of a list
 
 	// requestTimeout bounds one page of a list, and the start of a watch: a proxy
 	// may hold either forever.
 	requestTimeout = 30 * time.Second
 
-	// watchAge is when a watch is restarted where it ended, since a stream that
-	// brings nothing cannot be told from one that is stale.
+	// watchAge is when a watch is restarted from where it ended: one that brings
+	// nothing cannot be told from one that is stale.
 	watchAge = 2 * time.Minute
 
-	// watchGrace is how long a scope may be without a watch before the worker is
-	// not ready.
-	watchGrace = 5 * time.Second
+	watchGrace = 5 * time.Second // without a watch, before the worker is not ready
 
 	// Valkey's clock and the API server's may differ. A Deployment counts as
 	// created, or as set to an image, after a request only if it was so by more
@@ -411,11 +409,8 @@ func (s *scope) checkForbidden(verb string, err error) error {
 	if !apierrors.IsForbidden(err) {
 		return err
 	}
-	where := "all namespaces; grant it with a ClusterRole, or narrow WORKER_NAMESPACES"
-	if s.namespace != "" {
-		where = "namespace " + s.namespace + "; grant it with a Role there, or change WORKER_NAMESPACES"
-	}
-	err = fmt.Errorf("RBAC forbids to %s deployments.apps in %s: %w", verb, where, err)
+	where := cmp.Or(s.namespace, "all namespaces")
+	err = fmt.Errorf("RBAC forbids to %s deployments.apps in %s; grant it, or change WORKER_NAMESPACES: %w", verb, where, err)
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	if !s.listed {
@@ -424,27 +419,20 @@ func (s *scope) checkForbidden(verb string, err error) error {
 	return err
 }
 
-// Add, Update, Delete, Replace and Resync are cache.ReflectorStore.
+// Add, Update, Delete, Replace and Resync are cache.ReflectorStore. The dynamic
+// client's watches bring nothing but unstructured objects.
 
 func (s *scope) Add(object any) error { return s.Update(object) }
 
 func (s *scope) Update(object any) error {
-	u, ok := object.(*unstructured.Unstructured)
-	if !ok {
-		return fmt.Errorf("the watch of deployments brought a %T", object)
-	}
-	s.cache.put(newDeployment(u), s.cache.now())
+	s.cache.put(newDeployment(object.(*unstructured.Unstructured)), s.cache.now())
 	return nil
 }
 
 func (s *scope) Delete(object any) error {
-	u, ok := object.(*unstructured.Unstructured)
-	if !ok {
-		return fmt.Errorf("the watch of deployments brought a %T", object)
-	}
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
-	s.cache.store.Delete(u.GetNamespace() + "/" + u.GetName())
+	s.cache.store.Delete(newDeployment(object.(*unstructured.Unstructured)).key())
 	return nil
 }
 

@@ -279,7 +279,7 @@ func TestForbiddenScope(t *testing.T) {
 	w := startWorkerOn(t, kube, m, func(c *workerConfig) { c.Namespaces = []string{"a", "b"} })
 	eventually(t, "the worker gives up", w.queue.ShuttingDown)
 	err := w.stop()
-	for _, part := range []string{"RBAC forbids to list deployments.apps", "namespace b", "WORKER_NAMESPACES"} {
+	for _, part := range []string{"RBAC forbids to list deployments.apps in b", "WORKER_NAMESPACES"} {
 		if err == nil || !strings.Contains(err.Error(), part) {
 			t.Errorf("error %v does not say %q", err, part)
 		}

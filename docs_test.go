@@ -797,4 +797,3 @@ func optionDefault(t *testing.T, env string) string {
 	t.Fatalf("no option %s", env)
 	return ""
 }
-

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
-	"maps"
 	"net"
 	"strconv"
 	"strings"
@@ -46,10 +45,8 @@ const (
 	// ignores its context.
 	maxPublishing = 256
 
-	// transientDelay is the pause before Valkey is tried again. configurationDelay
-	// follows a refusal that lasts until somebody fixes a password or an ACL.
-	transientDelay     = 250 * time.Millisecond
-	configurationDelay = 5 * time.Second
+	// valkeyRetryDelay is the pause before the worker tries Valkey again.
+	valkeyRetryDelay = 250 * time.Millisecond
 )
 
 // publishScript writes the images ARGV[2..] to the ledger KEYS[1] and publishes
@@ -177,7 +174,7 @@ type subscriber struct {
 	messages, reader valkey.Client
 	channel          string
 	log              *slog.Logger
-	lost             atomic.Pointer[error] // why there is no subscription; nil: there is
+	subscribed       health
 }
 
 // newSubscriber works without a reachable Valkey, as newPublisher does.
@@ -196,8 +193,7 @@ func newSubscriber(cfg valkeyConfig, log *slog.Logger) (*subscriber, error) {
 		return nil, err
 	}
 	s := &subscriber{messages: messages, reader: reader, channel: cfg.Channel, log: log}
-	notYet := errors.New("not subscribed yet")
-	s.lost.Store(&notYet)
+	s.subscribed.set(errors.New("not subscribed yet"))
 	return s, nil
 }
 
@@ -209,7 +205,7 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 		if sub.Kind != "subscribe" {
 			return
 		}
-		s.lost.Store(nil)
+		s.subscribed.set(nil)
 		s.log.Info("subscribed", "channel", s.channel)
 		confirmed()
 	})
@@ -223,19 +219,11 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 			err = errors.New("the subscription ended")
 		}
 		err = valkeyError("subscribing to "+s.channel, err)
-		if before := s.lost.Swap(&err); before == nil || (*before).Error() != err.Error() {
-			s.log.Warn("not subscribed", "err", err) // once, not at each retry
+		if s.subscribed.set(err) {
+			s.log.Warn("not subscribed", "err", err)
 		}
-		sleep(ctx, retryDelay(err))
+		sleep(ctx, valkeyRetryDelay)
 	}
-}
-
-// ready is nil while there is a subscription.
-func (s *subscriber) ready() error {
-	if err := s.lost.Load(); err != nil {
-		return *err
-	}
-	return nil
 }
 
 // time is Valkey's clock.
@@ -319,14 +307,14 @@ func newRequests(now func() time.Time) *requests {
 func (q *requests) clocks() (early, late time.Time) {
 	now := q.now()
 	own := now.Round(0) // the wall clock
-	if q.readAt.IsZero() {
+	valkey := q.valkey.Add(now.Sub(q.readAt))
+	switch {
+	case q.readAt.IsZero():
 		return own, own
-	}
-	if valkey := q.valkey.Add(now.Sub(q.readAt)); valkey.Before(own) {
+	case valkey.Before(own):
 		return valkey, own
-	} else {
-		return own, valkey
 	}
+	return own, valkey
 }
 
 // tooFarAhead reports whether Valkey's clock was wrong when it gave T. Remembered,
@@ -336,14 +324,14 @@ func (q *requests) tooFarAhead(at int64) bool {
 	return at > late.Add(ledgerAge).UnixMicro()
 }
 
-// setClock takes Valkey's clock and returns the earlier of it and the worker's
-// own. What was remembered while the clock was wrong is forgotten.
-func (q *requests) setClock(valkey time.Time) time.Time {
+// setClock takes Valkey's clock, returns the earlier of it and the worker's own,
+// and forgets the requests that are older than age, or too far ahead.
+func (q *requests) setClock(valkey time.Time, age time.Duration) time.Time {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.valkey, q.readAt, q.newest = valkey, q.now(), 0
 	for image, r := range q.byImage {
-		if q.tooFarAhead(r.at) {
+		if q.now().Sub(r.made) > age || q.tooFarAhead(r.at) {
 			delete(q.byImage, image)
 		} else {
 			q.newest = max(q.newest, r.at)
@@ -351,13 +339,6 @@ func (q *requests) setClock(valkey time.Time) time.Time {
 	}
 	early, _ := q.clocks()
 	return early
-}
-
-// forget drops the requests that are older than age.
-func (q *requests) forget(age time.Duration) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	maps.DeleteFunc(q.byImage, func(_ string, r request) bool { return q.now().Sub(r.made) > age })
 }
 
 // add remembers a request if it is the newest for its image, or if its message
@@ -401,6 +382,23 @@ func (q *requests) moment() moment {
 	return moment{q.now(), early, q.newest}
 }
 
+// health is an error that comes and goes; nil means that all is well.
+type health struct{ err atomic.Pointer[error] }
+
+// set reports whether the error is another one than before.
+func (h *health) set(err error) (changed bool) {
+	previous := h.get()
+	h.err.Store(&err)
+	return fmt.Sprint(previous) != fmt.Sprint(err)
+}
+
+func (h *health) get() error {
+	if err := h.err.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
 // newValkeyClient returns a client of one connection that notices a dead or
 // silent peer within 5 s: valkey-go pings an idle connection every KeepAlive
 // and waits ConnWriteTimeout for the answer.
@@ -434,48 +432,22 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger, adjust func(*valkey.Cli
 	return client, nil
 }
 
-// configurationError is a command that Valkey refuses until somebody fixes the
-// configuration.
-type configurationError struct {
-	err  error
-	hint string // what to fix
-}
-
-func (e *configurationError) Error() string { return e.err.Error() + "; " + e.hint }
-func (e *configurationError) Unwrap() error { return e.err }
-
 // valkeyError says what was being done and, where only an operator can help, what
 // to fix. Other errors pass by themselves: Valkey restarts, loads, fails over.
 func valkeyError(doing string, err error) error {
 	if err == nil {
 		return nil
 	}
-	wrapped := fmt.Errorf("valkey: %s: %w", doing, err)
-	refused, ok := valkey.IsValkeyErr(err)
-	if !ok {
-		return wrapped
+	hint, text := "", err.Error()
+	switch code, _, _ := strings.Cut(text, " "); {
+	case code == "NOAUTH" || code == "WRONGPASS":
+		hint = "; check VALKEY_USERNAME and VALKEY_PASSWORD"
+	case code == "NOPERM" || strings.Contains(text, "ACL failure in script"):
+		hint = "; check this user's ACL in Valkey; k8s/20-valkey.yaml has what it needs"
+	case code == "WRONGTYPE":
+		hint = "; another program uses the key; choose another VALKEY_CHANNEL"
 	}
-	code, _, _ := strings.Cut(refused.Error(), " ")
-	if strings.Contains(refused.Error(), "ACL failure in script") {
-		code = "NOPERM" // as Valkey words it inside a script
-	}
-	switch code {
-	case "NOAUTH", "WRONGPASS":
-		return &configurationError{wrapped, "check VALKEY_USERNAME and VALKEY_PASSWORD"}
-	case "NOPERM":
-		return &configurationError{wrapped, "check this user's ACL in Valkey; k8s/20-valkey.yaml has what it needs"}
-	case "WRONGTYPE":
-		return &configurationError{wrapped, "another program uses the key; choose another VALKEY_CHANNEL"}
-	}
-	return wrapped
-}
-
-// retryDelay is how long to wait after an error from Valkey.
-func retryDelay(err error) time.Duration {
-	if refused := (*configurationError)(nil); errors.As(err, &refused) {
-		return configurationDelay
-	}
-	return transientDelay
+	return fmt.Errorf("valkey: %s: %w%s", doing, err, hint)
 }
 
 // sleep waits for d or until ctx is done.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,7 +9,6 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -64,8 +64,8 @@ type worker struct {
 	rules    rules
 	now      func() time.Time
 
-	catchUpDue chan struct{}         // one slot
-	caughtUp   atomic.Pointer[error] // why the last catch-up failed; nil: it did not
+	catchUpDue chan struct{} // one slot
+	caughtUp   health
 
 	mu        sync.Mutex
 	notBefore map[string]time.Time // when a Deployment whose restart failed is due again
@@ -88,8 +88,7 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 	if w.rules.window == 0 {
 		w.rules.window = defaultWindow
 	}
-	notYet := errors.New("not caught up yet")
-	w.caughtUp.Store(&notYet)
+	w.caughtUp.set(errors.New("not caught up yet"))
 	w.cache = newDeploymentCache(cfg, client, w.log, now, w.look)
 	return w
 }
@@ -123,16 +122,7 @@ func (w *worker) run(ctx context.Context) error {
 
 // ready is nil while the worker misses no request and no Deployment.
 func (w *worker) ready() error {
-	if err := w.cache.ready(); err != nil {
-		return err
-	}
-	if err := w.source.ready(); err != nil {
-		return err
-	}
-	if err := w.caughtUp.Load(); err != nil {
-		return *err
-	}
-	return nil
+	return cmp.Or(w.cache.ready(), w.source.subscribed.get(), w.caughtUp.get())
 }
 
 // handleMessage takes a message of the PubSub channel. It does not block.
@@ -206,15 +196,15 @@ func (w *worker) catchUpLoop(ctx context.Context) {
 		}
 		err := w.catchUp(ctx)
 		for err != nil && ctx.Err() == nil {
-			if before := w.caughtUp.Swap(&err); before == nil || (*before).Error() != err.Error() {
+			if w.caughtUp.set(err) {
 				w.log.Warn("catch-up failed, trying again", "err", err)
 			}
 			// A Valkey that has just started confirms subscriptions while reads
 			// still answer LOADING.
-			sleep(ctx, retryDelay(err))
+			sleep(ctx, valkeyRetryDelay)
 			err = w.catchUp(ctx)
 		}
-		w.caughtUp.Store(nil)
+		w.caughtUp.set(nil)
 	}
 }
 
@@ -227,8 +217,7 @@ func (w *worker) catchUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	clock := w.requests.setClock(valkeyNow)
-	w.requests.forget(w.rules.window + 2*maxRetryAfter) // late enough that expiry is logged
+	clock := w.requests.setClock(valkeyNow, w.rules.window+2*maxRetryAfter) // late enough that expiry is logged
 	if w.cfg.CatchUp == 0 {
 		return nil // PubSub only
 	}
