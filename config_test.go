@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/pem"
 	"errors"
-	"flag"
 	"log/slog"
 	"maps"
 	"net/http/httptest"
@@ -120,14 +119,13 @@ func TestMissingConfigurationIsNamedAtOnce(t *testing.T) {
 // A pod has a ServiceAccount, and can do without KUBECONFIG.
 func TestInCluster(t *testing.T) {
 	pod := map[string]string{"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-	if inCluster(env(pod)) {
-		t.Skip("this test runs in a pod")
-	}
 	defer func(file string) { serviceAccountToken = file }(serviceAccountToken)
-	serviceAccountToken = "go.mod"
-	if !inCluster(env(pod)) || inCluster(env(nil)) {
-		t.Error("a pod has both the variable and the token")
+	for file, want := range map[string]bool{"none": false, "go.mod": true} {
+		if serviceAccountToken = file; inCluster(env(pod)) != want || inCluster(env(nil)) {
+			t.Errorf("with the token file %s: %t", file, !want)
+		}
 	}
+	serviceAccountToken = "go.mod"
 	err := run(t.Context(), []string{"worker"}, env(pod), t.Output(), t.Output())
 	if err == nil || !strings.Contains(err.Error(), "VALKEY_ADDR") || strings.Contains(err.Error(), "KUBECONFIG") {
 		t.Errorf("in a pod: %v", err)
@@ -229,36 +227,19 @@ func TestRestartIntervalOption(t *testing.T) {
 	}
 }
 
+// Every option refuses a placeholder of k8s/.
 func TestPlaceholders(t *testing.T) {
 	for mode, cfg := range configurations() {
 		for _, o := range cfg.options() {
+			if o.usage == "" || o.required && o.def != "" {
+				t.Errorf("%s: %s has no usage, or needs no value", mode, o.env)
+			}
 			vars := maps.Clone(webEnv)
 			vars[o.env] = "ghcr.io/REPLACE_ME,x"
 			_, err := readConfig(mode, nil, vars)
 			want := o.env + " (--" + o.flagName() + ") still has the placeholder REPLACE_ME, as in k8s/10-config.yaml"
 			if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), want) {
 				t.Errorf("%s: got %v, want %s", mode, err, want)
-			}
-		}
-	}
-}
-
-func TestBadArguments(t *testing.T) {
-	for _, args := range [][]string{{"--no-such-flag"}, {"extra"}, {"--github-allowed-org", "x"}} {
-		if _, err := readConfig("worker", args, workerEnv); !errors.As(err, new(usageError)) {
-			t.Errorf("%v: got %v", args, err)
-		}
-	}
-	if _, err := readConfig("worker", []string{"-h"}, nil); !errors.Is(err, flag.ErrHelp) {
-		t.Errorf("-h: %v", err)
-	}
-}
-
-func TestOptionTable(t *testing.T) {
-	for mode, cfg := range configurations() {
-		for _, o := range cfg.options() {
-			if o.usage == "" || o.set == nil || o.required && o.def != "" {
-				t.Errorf("%s: %s: incomplete", mode, o.env)
 			}
 		}
 	}

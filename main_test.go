@@ -2,12 +2,18 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
-	"go/build"
+	"io"
+	"log/slog"
+	"net/http"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
 // TestMain lets the test binary stand in for the program, so that its exit
@@ -27,7 +33,9 @@ func program(t *testing.T, vars []string, args ...string) (stdout, stderr string
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), exe, args...)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // a process that should not have started
+	defer cancel()
+	cmd := exec.CommandContext(ctx, exe, args...)
 	cmd.Env = append([]string{"KUBEROLLOUTTRIGGER_TEST_MAIN=1", "GOCOVERDIR=" + t.TempDir()}, vars...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
@@ -52,6 +60,8 @@ func TestCommandLine(t *testing.T) {
 		{args: "version", stdout: "kuberollouttrigger "},
 		{args: "--version", stdout: "kuberollouttrigger "},
 		{args: "-version", stdout: "kuberollouttrigger "},
+		{args: "worker --no-such-flag", code: 2, stderr: "flag provided but not defined: -no-such-flag; see kuberollouttrigger worker -h"},
+		{args: "worker --github-allowed-org x", code: 2, stderr: "flag provided but not defined: -github-allowed-org"},
 		{args: "version x", code: 2, stderr: "unexpected argument"},
 		{args: "", code: 2, stderr: "a subcommand is missing"},
 		{args: "serve", code: 2, stderr: `unknown subcommand "serve"`},
@@ -96,6 +106,64 @@ func devBuild() bool {
 	return false
 }
 
+// Each process is ready only if all that it depends on is.
+func TestReadiness(t *testing.T) {
+	issuer, downIssuer := newTestIssuer(t), newTestIssuer(t)
+	downIssuer.down.Store(true)
+	_, valkey := testValkey(t)
+	m, downValkey := testValkey(t)
+	m.Close()
+	kube := clientOf(t, newKubernetes(t))
+
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer cancel()
+	for _, tt := range []struct {
+		mode, valkey string
+		issuer       *testIssuer
+		want         string
+	}{
+		{"web", valkey.Addr, issuer, "200 OK ok"},
+		{"web", valkey.Addr, downIssuer, "503 Service Unavailable " + errNoKeys.Error()},
+		{"web", downValkey.Addr, issuer, "503 Service Unavailable valkey"},
+		{"worker", valkey.Addr, issuer, "200 OK ok"},
+		{"worker", downValkey.Addr, issuer, "503 Service Unavailable"},
+	} {
+		cfg, worker := &webConfig{}, &workerConfig{}
+		args := []string{"--ops-listen-addr=127.0.0.1:0", "--valkey-addr=" + tt.valkey}
+		err := parseConfig("web", cfg, append(args, "--web-listen-addr=127.0.0.1:0", "--github-oidc-issuer="+tt.issuer.URL), env(webEnv))
+		if err = errors.Join(err, parseConfig("worker", worker, args, env(workerEnv))); err != nil {
+			t.Fatal(err)
+		}
+		logs := &logBuffer{}
+		log := newLogger(logs, slog.LevelInfo)
+		running.Go(func() {
+			serve := func() error { return serveWeb(ctx, cfg, tt.issuer.client(), log) }
+			if tt.mode == "worker" {
+				serve = func() error { return serveWorker(ctx, worker, kube, log) }
+			}
+			if err := serve(); err != nil {
+				t.Errorf("%s: %v", tt.mode, err)
+			}
+		})
+		var addr []string
+		eventually(t, tt.mode+" listens", func() bool {
+			addr = regexp.MustCompile(`"server":"ops","addr":"([^"]+)"`).FindStringSubmatch(logs.String())
+			return addr != nil
+		})
+		eventually(t, tt.mode+" answers "+tt.want, func() bool {
+			resp, err := http.Get("http://" + addr[1] + "/readyz")
+			if err != nil {
+				return false
+			}
+			defer resp.Body.Close()
+			body, _ := io.ReadAll(resp.Body)
+			return strings.HasPrefix(resp.Status+" "+string(body), tt.want)
+		})
+	}
+}
+
 // The production build holds nothing of what is for development and tests, and
 // none of the packages that would double its size.
 func TestProductionBuild(t *testing.T) {
@@ -126,12 +194,5 @@ func TestProductionBuild(t *testing.T) {
 				t.Errorf("%s: development code is in the production build: %s", target, files)
 			}
 		}
-	}
-	pkg, err := build.ImportDir(".", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !strings.Contains(strings.Join(pkg.IgnoredGoFiles, " "), "dev.go") && !devBuild() {
-		t.Error("dev.go is not kept out by its build tag")
 	}
 }
