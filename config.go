@@ -77,6 +77,7 @@ type workerConfig struct {
 type option struct {
 	env, def, usage string
 	unset           string // shown in help when there is no default
+	expected        string // shown in errors; empty: the error of set is
 	required        bool
 	secret          bool // the value is never printed, errors included
 	multiline       bool // errors name the line instead of the value
@@ -93,28 +94,31 @@ func (o option) String() string { return o.env + " (--" + o.flagName() + ")" }
 
 func (c *commonConfig) options() []option {
 	return []option{
-		{env: "LOG_LEVEL", def: "info", usage: "debug, info, warn or error", set: setParsed(&c.LogLevel, parseLogLevel)},
+		{env: "LOG_LEVEL", def: "info", usage: "debug, info, warn or error",
+			expected: "debug, info, warn or error", set: into(&c.LogLevel, parseLogLevel)},
 		{env: "OPS_LISTEN_ADDR", def: ":8081", usage: "host:port of /healthz and /readyz",
-			set: setValid(&c.OpsListenAddr, isListenAddr, "host:port, such as :8081")},
-		{env: "VALKEY_ADDR", required: true, usage: "host:port of Valkey", set: setValid(&c.Valkey.Addr, isDialAddr, "host:port, such as valkey:6379")},
-		{env: "VALKEY_USERNAME", usage: "user name for Valkey's AUTH", set: setText(&c.Valkey.Username)},
-		{env: "VALKEY_PASSWORD", secret: true, usage: "password for Valkey's AUTH", set: setText(&c.Valkey.Password)},
-		{env: "VALKEY_TLS_ENABLED", def: "false", boolean: true, usage: "speak TLS to Valkey", set: setBool(&c.Valkey.TLS)},
+			expected: "host:port, such as :8081", set: into(&c.OpsListenAddr, checked(isListenAddr))},
+		{env: "VALKEY_ADDR", required: true, usage: "host:port of Valkey",
+			expected: "host:port, such as valkey:6379", set: into(&c.Valkey.Addr, checked(isDialAddr))},
+		{env: "VALKEY_USERNAME", usage: "user name for Valkey's AUTH", set: into(&c.Valkey.Username, anyText)},
+		{env: "VALKEY_PASSWORD", secret: true, usage: "password for Valkey's AUTH", set: into(&c.Valkey.Password, anyText)},
+		{env: "VALKEY_TLS_ENABLED", def: "false", boolean: true, usage: "speak TLS to Valkey",
+			expected: "true or false", set: into(&c.Valkey.TLS, strconv.ParseBool)},
 		{env: "VALKEY_TLS_CA_FILE", unset: "system roots", usage: "PEM file with the CA of Valkey's certificate",
-			set: setParsed(&c.Valkey.TLSRoots, readCertificates)},
+			set: into(&c.Valkey.TLSRoots, readCertificates)},
 		{env: "VALKEY_CHANNEL", def: "kuberollouttrigger", usage: "PubSub channel; keys begin with it and a colon",
-			set: setValid(&c.Valkey.Channel, channelRE.MatchString, "1 to 128 letters, digits, dots, dashes, underscores or colons")},
+			expected: "1 to 128 letters, digits, dots, dashes, underscores or colons", set: into(&c.Valkey.Channel, checked(channelRE.MatchString))},
 	}
 }
 
 func prefixOption(p *imagePrefixes) option {
 	return option{env: "ALLOWED_IMAGE_PREFIX", required: true, usage: "comma-separated image prefixes that may be restarted, such as ghcr.io/acme",
-		set: setParsed(p, parseImagePrefixes)}
+		set: into(p, parseImagePrefixes)}
 }
 
 func (c *webConfig) options() []option {
 	public := option{env: "WEB_LISTEN_ADDR", def: ":8080", usage: "host:port of the public API",
-		set: setValid(&c.ListenAddr, isListenAddr, "host:port, such as :8080")}
+		expected: "host:port, such as :8080", set: into(&c.ListenAddr, checked(isListenAddr))}
 	return slices.Concat(c.commonConfig.options(), []option{public}, c.policyOptions(true))
 }
 
@@ -124,31 +128,32 @@ func (c *policyConfig) policyOptions(audienceRequired bool) []option {
 	return []option{
 		prefixOption(&c.ImagePrefixes),
 		{env: "GITHUB_OIDC_AUDIENCE", required: audienceRequired, usage: "audience that a token must be made for, such as https://rollout.example.com",
-			set: setText(&c.Audience)},
+			set: into(&c.Audience, anyText)},
 		{env: "GITHUB_OIDC_ISSUER", def: "https://token.actions.githubusercontent.com", usage: "issuer of the tokens",
-			set: setValid(&c.Issuer, isIssuer, "an https URL without query, such as https://token.actions.githubusercontent.com")},
+			expected: "an https URL without query, such as https://token.actions.githubusercontent.com", set: into(&c.Issuer, checked(isIssuer))},
 		{env: "GITHUB_ALLOWED_ORG", required: true, usage: "comma-separated owners whose repositories may ask",
-			set: setList(&c.Orgs, ownerRE, "owner names separated by commas")},
+			expected: "owner names separated by commas", set: into(&c.Orgs, listOf(ownerRE))},
 		{env: "GITHUB_ALLOWED_ORG_ID", usage: "comma-separated numeric ids that repository_owner_id must be one of",
-			set: setList(&c.OrgIDs, digitsRE, "numbers separated by commas")},
-		{env: "TRUST_POLICY", multiline: true, usage: "YAML rules that say which jobs may restart which images", set: setParsed(&c.TrustPolicy, parseRules)},
+			expected: "numbers separated by commas", set: into(&c.OrgIDs, listOf(digitsRE))},
+		{env: "TRUST_POLICY", multiline: true, usage: "YAML rules that say which jobs may restart which images", set: into(&c.TrustPolicy, parseRules)},
 	}
 }
 
 func (c *workerConfig) options() []option {
 	return append(c.commonConfig.options(), []option{
 		prefixOption(&c.ImagePrefixes),
-		{env: "KUBECONFIG", required: !c.InCluster, unset: "in-cluster", usage: "path of a kubeconfig", set: setText(&c.Kubeconfig)},
+		{env: "KUBECONFIG", required: !c.InCluster, unset: "in-cluster", usage: "path of a kubeconfig", set: into(&c.Kubeconfig, anyText)},
 		{env: "WORKER_NAMESPACES", unset: "all", usage: "comma-separated namespaces to watch",
-			set: setList(&c.Namespaces, namespaceRE, "namespaces separated by commas")},
-		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the Deployments to watch", set: setParsed(&c.Selector, parseSelector)},
+			expected: "namespaces separated by commas", set: into(&c.Namespaces, listOf(namespaceRE))},
+		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the Deployments to watch",
+			expected: "a label selector, such as team=payments", set: into(&c.Selector, parseSelector)},
 		{env: "WORKER_CATCH_UP", def: "1h", usage: "how far back missed requests are made up for; 0 for PubSub only, at most 24h",
-			set: setDuration(&c.CatchUp, time.Minute, 24*time.Hour, "0 or a duration from 1m to 24h, such as 1h")},
+			expected: "0 or a duration from 1m to 24h, such as 1h", set: into(&c.CatchUp, zeroOr(time.Minute, 24*time.Hour))},
 		{env: "WORKER_RESTART_INTERVAL", def: "10s", usage: "shortest time between two restarts of a Deployment; 0 for none",
-			set: setDuration(&c.RestartInterval, time.Second, 12*time.Hour, "0 or a duration from 1s to half of WORKER_CATCH_UP, such as 10s")},
-		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256", set: setNumber(&c.Concurrency, 1, 256)},
+			expected: "0 or a duration from 1s to half of WORKER_CATCH_UP, such as 10s", set: into(&c.RestartInterval, zeroOr(time.Second, 12*time.Hour))},
+		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256", expected: "a number from 1 to 256", set: into(&c.Concurrency, between(1, 256))},
 		{env: "CLUSTER_NAME", def: "default", usage: "name of the cluster in logs",
-			set: setValid(&c.ClusterName, clusterRE.MatchString, "1 to 63 letters, digits, dots, dashes or underscores")},
+			expected: "1 to 63 letters, digits, dots, dashes or underscores", set: into(&c.ClusterName, checked(clusterRE.MatchString))},
 	}...)
 }
 
@@ -165,12 +170,12 @@ func (c *explainConfig) validate() error { return nil }
 // validate bounds the restart interval, so that a deferred request is restarted
 // long before it expires.
 func (c *workerConfig) validate() error {
-	var err error
+	err := c.commonConfig.validate()
 	if limit := cmp.Or(c.CatchUp, time.Hour) / 2; c.RestartInterval > limit {
-		err = fmt.Errorf("WORKER_RESTART_INTERVAL (--worker-restart-interval): \"%s\": expected at most %s, half of WORKER_CATCH_UP (1h if that is 0)",
-			c.RestartInterval, limit)
+		err = errors.Join(err, fmt.Errorf("WORKER_RESTART_INTERVAL (--worker-restart-interval): %q: expected at most %s, "+
+			"half of WORKER_CATCH_UP (1h if that is 0)", c.RestartInterval, limit))
 	}
-	return errors.Join(c.commonConfig.validate(), err)
+	return err
 }
 
 // configuration is what a subcommand reads from its flags and the environment.
@@ -249,6 +254,9 @@ func (o option) apply(value string) error {
 	if err == nil {
 		return nil
 	}
+	if o.expected != "" {
+		err = errors.New("expected " + o.expected)
+	}
 	if o.secret || o.multiline {
 		return fmt.Errorf("%s: %w", o, err)
 	}
@@ -278,81 +286,70 @@ var (
 	namespaceRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 )
 
-// The setters write a checked value to a field.
+var errInvalid = errors.New("not valid")
 
-func setParsed[T any](field *T, parse func(string) (T, error)) func(string) error {
-	return func(s string) (err error) {
-		*field, err = parse(s)
+// into makes a parser the setter of a field.
+func into[T any](field *T, parse func(string) (T, error)) func(string) error {
+	return func(s string) error {
+		v, err := parse(s)
+		if err == nil {
+			*field = v
+		}
 		return err
 	}
 }
 
-func setText(field *string) func(string) error {
-	return func(s string) error { *field = s; return nil }
-}
+func anyText(s string) (string, error) { return s, nil }
 
-func setValid(field *string, ok func(string) bool, expected string) func(string) error {
-	return func(s string) error {
+func checked(ok func(string) bool) func(string) (string, error) {
+	return func(s string) (string, error) {
 		if !ok(s) {
-			return errors.New("expected " + expected)
+			return "", errInvalid
 		}
-		*field = s
-		return nil
+		return s, nil
 	}
 }
 
-func setList(field *[]string, re *regexp.Regexp, expected string) func(string) error {
-	return func(s string) error {
-		for item := range strings.SplitSeq(s, ",") {
-			item = strings.TrimSpace(item)
-			if !re.MatchString(item) {
-				return errors.New("expected " + expected)
+func listOf(item *regexp.Regexp) func(string) ([]string, error) {
+	return func(s string) (list []string, err error) {
+		for part := range strings.SplitSeq(s, ",") {
+			part = strings.TrimSpace(part)
+			if !item.MatchString(part) {
+				return nil, errInvalid
 			}
-			if !slices.Contains(*field, item) {
-				*field = append(*field, item)
+			if !slices.Contains(list, part) {
+				list = append(list, part)
 			}
 		}
-		return nil
+		return list, nil
 	}
 }
 
-func setNumber(field *int, low, high int) func(string) error {
-	return func(s string) error {
+func between(low, high int) func(string) (int, error) {
+	return func(s string) (int, error) {
 		n, err := strconv.Atoi(s)
-		if err != nil || n < low || n > high {
-			return fmt.Errorf("expected a whole number from %d to %d", low, high)
+		if n < low || n > high {
+			err = errInvalid
 		}
-		*field = n
-		return nil
+		return n, err
 	}
 }
 
-func setDuration(field *time.Duration, low, high time.Duration, expected string) func(string) error {
-	return func(s string) error {
+func zeroOr(low, high time.Duration) func(string) (time.Duration, error) {
+	return func(s string) (time.Duration, error) {
 		d, err := time.ParseDuration(s)
-		if err != nil || d != 0 && (d < low || d > high) {
-			return errors.New("expected " + expected)
+		if d != 0 && (d < low || d > high) {
+			err = errInvalid
 		}
-		*field = d
-		return nil
-	}
-}
-
-func setBool(field *bool) func(string) error {
-	return func(s string) (err error) {
-		if *field, err = strconv.ParseBool(s); err != nil {
-			return errors.New("expected true or false")
-		}
-		return nil
+		return d, err
 	}
 }
 
 func parseLogLevel(s string) (level slog.Level, err error) {
-	switch strings.ToLower(s) {
-	case "debug", "info", "warn", "error":
-		return level, level.UnmarshalText([]byte(s))
+	if strings.Contains(s, "+") || strings.Contains(s, "-") {
+		return level, errInvalid // slog would take INFO+4
 	}
-	return level, errors.New("expected debug, info, warn or error")
+	return level, level.UnmarshalText([]byte(s))
 }
 
 // isListenAddr takes an empty host (every address) and port 0 (a free one).
@@ -375,20 +372,15 @@ func isIssuer(s string) bool {
 }
 
 func parseSelector(s string) (string, error) {
-	if _, err := labels.Parse(s); err != nil {
-		return "", fmt.Errorf("expected a label selector, such as team=payments: %w", err)
-	}
-	return s, nil
+	_, err := labels.Parse(s)
+	return s, err
 }
 
 func readCertificates(file string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(file)
-	if err != nil {
-		return nil, fmt.Errorf("expected a readable file: %w", err)
-	}
 	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(pem) {
-		return nil, errors.New("expected a file with a PEM certificate")
+	if err == nil && !roots.AppendCertsFromPEM(pem) {
+		err = errors.New("expected a file with a PEM certificate")
 	}
-	return roots, nil
+	return roots, err
 }

@@ -150,7 +150,7 @@ func TestBadValues(t *testing.T) {
 		{"web", "VALKEY_ADDR", "valkey:65536", "host:port"},
 		{"web", "VALKEY_ADDR", "user@valkey:6379", "host:port"},
 		{"web", "VALKEY_TLS_ENABLED", "yes", "true or false"},
-		{"web", "VALKEY_TLS_CA_FILE", filepath.Join(dir, "none"), "readable file"},
+		{"web", "VALKEY_TLS_CA_FILE", filepath.Join(dir, "none"), "no such file"},
 		{"web", "VALKEY_TLS_CA_FILE", file, "PEM certificate"},
 		{"web", "VALKEY_TLS_CA_FILE", caFile(t), "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"},
 		{"worker", "VALKEY_TLS_CA_FILE", caFile(t), "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"},
