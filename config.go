@@ -151,7 +151,8 @@ func (c *workerConfig) options() []option {
 			expected: "0 or a duration from 1m to 24h, such as 1h", set: into(&c.CatchUp, zeroOr(time.Minute, 24*time.Hour))},
 		{env: "WORKER_RESTART_INTERVAL", def: "10s", usage: "shortest time between two restarts of a Deployment; 0 for none",
 			expected: "0 or a duration from 1s to half of WORKER_CATCH_UP, such as 10s", set: into(&c.RestartInterval, zeroOr(time.Second, 12*time.Hour))},
-		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256", expected: "a number from 1 to 256", set: into(&c.Concurrency, between(1, 256))},
+		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256",
+			expected: "a number from 1 to 256", set: into(&c.Concurrency, between(1, 256))},
 		{env: "CLUSTER_NAME", def: "default", usage: "name of the cluster in logs",
 			expected: "1 to 63 letters, digits, dots, dashes or underscores", set: into(&c.ClusterName, checked(clusterRE.MatchString))},
 	}...)
