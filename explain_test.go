@@ -2,18 +2,18 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -21,21 +21,13 @@ import (
 
 var explainEnv = map[string]string{"GITHUB_ALLOWED_ORG": "acme", "ALLOWED_IMAGE_PREFIX": "ghcr.io/acme"}
 
-// noIssuer fails the test when something is fetched.
-func noIssuer(t *testing.T) *http.Client {
-	return &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-		t.Errorf("%s was fetched", r.URL)
-		return nil, errors.New("no network")
-	})}
-}
-
-// askExplain runs explain; changes of the variables come in pairs.
-func askExplain(t *testing.T, issuer *http.Client, stdin string, changes map[string]string, args ...string) (string, error) {
+// askExplain runs explain with some variables changed.
+func askExplain(t *testing.T, stdin string, changes map[string]string, args ...string) (string, error) {
 	t.Helper()
 	vars := maps.Clone(explainEnv)
 	maps.Copy(vars, changes)
 	var out bytes.Buffer
-	err := explain(t.Context(), args, env(vars), strings.NewReader(stdin), &out, issuer)
+	err := explain(args, env(vars), strings.NewReader(stdin), &out)
 	return out.String(), err
 }
 
@@ -46,205 +38,71 @@ const explainPolicy = `
   images: ["ghcr.io/{repository}:v*"]
 `
 
-const (
-	explainUnverified = "token         not verified: anybody could have written these claims\n"
-	explainEvents     = `"push"|"workflow_dispatch"|"repository_dispatch"|"release"|"schedule"|"registry_package"|"deployment"`
-	explainMain       = `{"repository": "Acme/API", "repository_owner": "Acme", "repository_owner_id": "9919", "repository_id": "812345678", "event_name": "push", "ref": "refs/heads/main"}`
-	explainJob        = explainUnverified + `job           repository is "Acme/API", event_name is "push", ref is "refs/heads/main"
-owner         yes: repository_owner is "Acme", repository_owner_id is "9919" (allowed: acme; ids: any)
-`
-)
-
-// TestExplain holds every line that explain can print.
+// TestExplain: every decision, and of each denial the reason.
 func TestExplain(t *testing.T) {
+	issuer := newTestIssuer(t)
+	now := time.Now().Unix()
+	token := func(changes map[string]any) string { return issuer.token(t, issuer.claimsWith(changes)) }
+	good := token(nil)
+	const job = `{"repository": "Acme/API", "repository_owner": "Acme", "repository_owner_id": "9919", "repository_id": "812345678", "event_name": "push", "ref": "refs/heads/main"}`
+	policy := map[string]string{"TRUST_POLICY": explainPolicy}
 	for _, tt := range []struct {
 		name, stdin string
 		vars        map[string]string
-		args        []string
-		want        string
-		denied      bool
+		args        string
+		allowed     bool
+		want        []string // lines
 	}{
-		{"allowed", explainMain, map[string]string{"TRUST_POLICY": explainPolicy}, []string{"--image", "ghcr.io/acme/api:dev"}, explainJob + `
-request       ghcr.io/acme/api:dev
-prefix        yes (allowed: ghcr.io/acme)
-rule 1        yes: event_name="push"|"workflow_dispatch" ref="refs/heads/main" may restart "ghcr.io/{repository}:dev"|"ghcr.io/{repository_owner}/r{repository_id}:*"
-rule 2        no: environment is absent or not a string, expected "production"
-answer        allowed by rule 1, if the token is valid
-`, false},
-		{"the first of two rules", explainMain, map[string]string{"TRUST_POLICY": "- {claims: {ref: refs/heads/x}, images: ['*']}\n- {claims: {ref: 'refs/*'}, images: ['*:d*']}\n- {claims: {ref: 'refs/*'}, images: ['*:dev']}"},
-			[]string{"--image", "ghcr.io/acme/api:dev"}, explainJob + `
-request       ghcr.io/acme/api:dev
-prefix        yes (allowed: ghcr.io/acme)
-rule 1        no: ref is "refs/heads/main", expected "refs/heads/x"
-rule 2        yes: event_name=` + explainEvents + ` ref="refs/*" may restart "*:d*"
-rule 3        yes: event_name=` + explainEvents + ` ref="refs/*" may restart "*:dev"
-answer        allowed by rule 2, if the token is valid
-`, false},
-		{"by the default rule", explainMain, nil, []string{"-image=ghcr.io/acme/api:dev"}, explainJob + `
-request       ghcr.io/acme/api:dev
-prefix        yes (allowed: ghcr.io/acme)
-default rule  yes: event_name=` + explainEvents + ` may restart "*"
-answer        allowed by default rule, if the token is valid
-`, false},
-		{"another image, patterns expanded", explainMain, map[string]string{"TRUST_POLICY": explainPolicy}, []string{"--image", "ghcr.io/acme/api:v1"}, explainJob + `
-request       ghcr.io/acme/api:v1
-prefix        yes (allowed: ghcr.io/acme)
-rule 1        no: the claims match, but ghcr.io/acme/api:v1 is none of "ghcr.io/acme/api:dev"|"ghcr.io/acme/r812345678:*"
-rule 2        no: environment is absent or not a string, expected "production"
-answer        denied, 403: this job may not restart ghcr.io/acme/api:v1
-`, true},
-		{"several images and names", explainMain, map[string]string{"TRUST_POLICY": explainPolicy},
-			[]string{"--image", "ghcr.io/acme/api:dev, ghcr.io/acme/r812345678:x", "--image", "ghcr.io/acme/api:next"}, explainJob + `
-request       ghcr.io/acme/api:dev ghcr.io/acme/api:next
-prefix        yes (allowed: ghcr.io/acme)
-rule 1        no: the claims match, but ghcr.io/acme/api:next is none of "ghcr.io/acme/api:dev"|"ghcr.io/acme/r812345678:*"
-rule 2        no: environment is absent or not a string, expected "production"
-answer        denied, 403: this job may not restart ghcr.io/acme/api:next, or not together with ghcr.io/acme/api:dev
+		{"allowed by a rule", job, policy, "--image=ghcr.io/acme/api:dev", true, []string{
+			"token         not verified, anybody could have written these claims",
+			"job           repository is Acme/API, event_name is push, ref is refs/heads/main",
+			"owner         yes", "prefix        yes", "rule 1        yes", "rule 2        no: environment is absent or not a string, expected production",
+			"answer        allowed, if the token is valid"}},
+		{"allowed by default", job, nil, "-image ghcr.io/acme/api:dev", true, []string{"default rule  yes"}},
+		{"another image", job, policy, "--image=ghcr.io/acme/api:v1", false, []string{
+			"rule 1        no: the claims match, but ghcr.io/acme/api:v1 is none of ghcr.io/acme/api:dev|ghcr.io/acme/r812345678:*",
+			"answer        denied: this job may not restart ghcr.io/acme/api:v1"}},
+		{"two images, not together", job, policy, "--image=ghcr.io/acme/api:dev --image=ghcr.io/acme/api:x", false, []string{
+			"rule 1        no: the claims match, but ghcr.io/acme/api:x is none of ghcr.io/acme/api:dev|ghcr.io/acme/r812345678:*",
+			"answer        denied: this job may not restart ghcr.io/acme/api:x, or not together with ghcr.io/acme/api:dev"}},
+		{"a claim that is not a string, in a placeholder", strings.Replace(job, `"812345678"`, "812345678", 1), policy, "--image=ghcr.io/acme/r812345678:x", false, []string{
+			"rule 1        no: the claims match, but ghcr.io/acme/r812345678:x is none of ghcr.io/acme/api:dev|ghcr.io/{repository_owner}/r{repository_id}:*"}},
+		{"claims as flags, not a default event", "not read", policy,
+			"--image=ghcr.io/acme/api:v1 --claim=repository=acme/api --claim repository_owner=acme --claim=event_name=pull_request --claim=environment=production", false, []string{
+				"rule 1        no: event_name is pull_request, expected push|workflow_dispatch",
+				"rule 2        no: event_name is pull_request, expected a default event, push|workflow_dispatch|repository_dispatch|release|schedule|registry_package|deployment",
+				"answer        denied: no rule matches the claims: rule 1: event_name is pull_request; rule 2: event_name is pull_request"}},
+		{"another owner", strings.ReplaceAll(job, "Acme", "acme-evil"), nil, "--image=ghcr.io/acme/api:dev", false, []string{
+			"owner         no: repository_owner is acme-evil, none of GITHUB_ALLOWED_ORG", "default rule  yes", "answer        denied: repository_owner is acme-evil, none of GITHUB_ALLOWED_ORG"}},
+		{"another owner's id", job, nil, "--image=ghcr.io/acme/api:dev --github-allowed-org-id=1,2", false, []string{
+			"owner         no: repository_owner_id is 9919, none of GITHUB_ALLOWED_ORG_ID"}},
+		{"another prefix", job, nil, "--image=ghcr.io/acme-evil/api:dev", false, []string{
+			"prefix        no: ghcr.io/acme-evil/api:dev is under none of ghcr.io/acme", "answer        denied: ghcr.io/acme-evil/api:dev is under none of ghcr.io/acme"}},
 
-request       ghcr.io/acme/r812345678:x
-prefix        yes (allowed: ghcr.io/acme)
-rule 1        yes: event_name="push"|"workflow_dispatch" ref="refs/heads/main" may restart "ghcr.io/{repository}:dev"|"ghcr.io/{repository_owner}/r{repository_id}:*"
-rule 2        no: environment is absent or not a string, expected "production"
-answer        allowed by rule 1, if the token is valid
-`, true},
-		{"names that begin alike", explainMain, nil, []string{"--image=ghcr.io/acme/api-x:dev,ghcr.io/acme/api:dev"}, explainJob + `
-request       ghcr.io/acme/api-x:dev
-prefix        yes (allowed: ghcr.io/acme)
-default rule  yes: event_name=` + explainEvents + ` may restart "*"
-answer        allowed by default rule, if the token is valid
-
-request       ghcr.io/acme/api:dev
-prefix        yes (allowed: ghcr.io/acme)
-default rule  yes: event_name=` + explainEvents + ` may restart "*"
-answer        allowed by default rule, if the token is valid
-`, false},
-		{"a claim that is no string, and an absent one in a placeholder", `{"repository":"acme/api","repository_owner":"acme","repository_owner_id":9919,"repository_id":812345678,"event_name":"push","ref":"refs/heads/main"}`,
-			map[string]string{"TRUST_POLICY": explainPolicy}, []string{"--image", "ghcr.io/acme/r812345678:x"}, explainUnverified + `job           repository is "acme/api", event_name is "push", ref is "refs/heads/main"
-owner         yes: repository_owner is "acme", repository_owner_id is absent or not a string (allowed: acme; ids: any)
-
-request       ghcr.io/acme/r812345678:x
-prefix        yes (allowed: ghcr.io/acme)
-rule 1        no: the claims match, but ghcr.io/acme/r812345678:x is none of "ghcr.io/acme/api:dev"|"ghcr.io/{repository_owner}/r{repository_id}:*"
-rule 2        no: environment is absent or not a string, expected "production"
-answer        denied, 403: this job may not restart ghcr.io/acme/r812345678:x
-`, true},
-		{"claims as flags, the event is no default one", "not read", map[string]string{"TRUST_POLICY": explainPolicy},
-			[]string{"--image=ghcr.io/acme/api:v1", "--claim=repository=acme/api", "--claim", "repository_owner=acme", "--claim=event_name=pull_request", "--claim=ref=refs/pull/1/merge", "--claim=environment=production"},
-			explainUnverified + `job           repository is "acme/api", event_name is "pull_request", ref is "refs/pull/1/merge"
-owner         yes: repository_owner is "acme", repository_owner_id is absent or not a string (allowed: acme; ids: any)
-
-request       ghcr.io/acme/api:v1
-prefix        yes (allowed: ghcr.io/acme)
-rule 1        no: event_name is "pull_request", expected "push"|"workflow_dispatch"
-rule 2        no: event_name is "pull_request", expected a default event, ` + explainEvents + `
-answer        denied, 403: no job with these claims may ask
-`, true},
-		{"another owner", `{"repository":"acme-evil/api","repository_owner":"acme-evil","repository_owner_id":"9919","event_name":"push"}`,
-			map[string]string{"GITHUB_ALLOWED_ORG": "acme,shop"}, []string{"--image", "ghcr.io/acme/api:dev"}, explainUnverified + `job           repository is "acme-evil/api", event_name is "push", ref is absent or not a string
-owner         no: repository_owner is "acme-evil", none of GITHUB_ALLOWED_ORG (allowed: acme, shop; ids: any)
-
-request       ghcr.io/acme/api:dev
-prefix        yes (allowed: ghcr.io/acme)
-default rule  yes: event_name=` + explainEvents + ` may restart "*"
-answer        denied, 403: no job with these claims may ask
-`, true},
-		{"another owner's id, and another prefix", explainMain, map[string]string{"ALLOWED_IMAGE_PREFIX": "ghcr.io/acme/web,docker.io/acme"},
-			[]string{"--image=ghcr.io/acme/api:dev", "--github-allowed-org-id=1,2"}, explainUnverified + `job           repository is "Acme/API", event_name is "push", ref is "refs/heads/main"
-owner         no: repository_owner_id is "9919", none of GITHUB_ALLOWED_ORG_ID (allowed: acme; ids: 1, 2)
-
-request       ghcr.io/acme/api:dev
-prefix        no: ghcr.io/acme/api:dev (allowed: ghcr.io/acme/web, docker.io/acme)
-default rule  yes: event_name=` + explainEvents + ` may restart "*"
-answer        denied, 403: no job with these claims may ask
-`, true},
-		{"another prefix", explainMain, nil, []string{"--image=ghcr.io/acme-evil/api:dev"}, explainJob + `
-request       ghcr.io/acme-evil/api:dev
-prefix        no: ghcr.io/acme-evil/api:dev (allowed: ghcr.io/acme)
-default rule  yes: event_name=` + explainEvents + ` may restart "*"
-answer        denied, 403: ghcr.io/acme-evil/api:dev is under none of the prefixes
-`, true},
+		{"a token", good + "\n", nil, "--image=ghcr.io/acme/api:dev", true, []string{"token         not verified, anybody could have written these claims"}},
+		{"a token with another signature", good[:len(good)-10] + "AAAAAAAAAA", nil, "--image=ghcr.io/acme/api:dev", true, nil},
+		{"a token without audience to compare with", good, map[string]string{"GITHUB_OIDC_AUDIENCE": ""}, "--image=ghcr.io/acme/api:dev", true, nil},
+		{"a token that has expired since", token(map[string]any{"exp": now - 3600, "iat": now - 3900, "nbf": now - 4200}), nil, "--image=ghcr.io/acme/api:dev", true, nil},
+		{"a token for another audience", token(map[string]any{"aud": "other"}), nil, "--image=ghcr.io/acme/api:dev", false, []string{
+			"claims        no: claim aud is other, expected " + testAudience, "job           repository is acme/api, event_name is push, ref is refs/heads/main", "default rule  yes",
+			"answer        denied: claim aud is other, expected " + testAudience}},
+		{"a token without exp", token(map[string]any{"exp": nil}), nil, "--image=ghcr.io/acme/api:dev", false, []string{"claims        no: claim exp is absent or null, expected an integer from 1 to 99999999999"}},
+		{"claims of another issuer", `{"iss":"https://evil.example.com","repository_owner":"acme","event_name":"push"}`, nil, "--image=ghcr.io/acme/api:dev", false, []string{
+			"claims        no: claim iss is https://evil.example.com, expected " + issuer.URL}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			out, err := askExplain(t, noIssuer(t), tt.stdin, tt.vars, tt.args...)
-			if out != tt.want || errors.Is(err, errDenied) != tt.denied || err != nil && !tt.denied {
-				t.Errorf("error %v\n%s\nwant\n%s", err, out, tt.want)
-			}
-		})
-	}
-}
-
-func TestExplainVerify(t *testing.T) {
-	issuer := newTestIssuer(t)
-	vars := map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL, "GITHUB_OIDC_AUDIENCE": testAudience}
-	now := time.Now().Unix()
-	with := func(changes map[string]any) string { return issuer.token(t, issuer.claimsWith(changes)) }
-	header := func(name string, value any) string {
-		h := issuer.header()
-		h[name] = value
-		return issuer.sign(t, h, jsonBytes(t, issuer.claims()))
-	}
-	good := with(nil)
-	rules := `
-request       ghcr.io/acme/api:dev
-prefix        yes (allowed: ghcr.io/acme)
-default rule  yes: event_name=` + explainEvents + ` may restart "*"
-`
-	for _, tt := range []struct {
-		name, token   string
-		changes       map[string]string
-		first, answer string
-	}{
-		{"good", good + "\n", nil, "verified: signed by \"" + issuer.URL + "\" for \"" + testAudience + "\", and valid now", "allowed by default rule"},
-		{"signature", good[:len(good)-10] + "AAAAAAAAAA", nil, "not valid: signature: not made with key", "denied, 401: the token is not valid"},
-		{"audience", good, map[string]string{"GITHUB_OIDC_AUDIENCE": "https://other.example.com"}, "not valid: claim aud: ", "denied, 401"},
-		{"issuer", with(map[string]any{"iss": "https://evil.example.com"}), nil, "not valid: claim iss: ", "denied, 401"},
-		{"expired", with(map[string]any{"exp": now - 3600, "iat": now - 3900, "nbf": now - 4200}), nil, "not valid: claim exp: expired 1h0m", "denied, 401"},
-		{"incoherent", with(map[string]any{"repository": "evil/api"}), nil, "not valid: claim repository: ", "denied, 401"},
-		{"expired, and another owner's", with(map[string]any{"exp": now - 3600, "iat": now - 3900, "nbf": now - 4200, "repository": "evil/api", "repository_owner": "evil"}), nil,
-			"not valid: claim exp: expired 1h0m", "denied, 401"},
-		{"kid", header("kid", "unknown"), nil, `not valid: header: kid "unknown" is none of the issuer's`, "denied, 401"},
-		{"algorithm", header("alg", "RS384"), nil, `not valid: header: alg is "RS384"`, "denied, 401"},
-		{"another issuer's keys", good, map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL + "/other"}, "not verified: fetching the issuer's keys: " + issuer.URL, "denied, 503"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			changes := maps.Clone(vars)
-			maps.Copy(changes, tt.changes)
-			out, err := askExplain(t, issuer.client(), tt.token, changes, "--verify", "--image=ghcr.io/acme/api:dev")
-			denied := tt.name != "good"
-			if !strings.HasPrefix(out, "token         "+tt.first) || !strings.Contains(out, rules+"answer        "+tt.answer) ||
-				denied && !errors.Is(err, errDenied) || !denied && err != nil || strings.Contains(out, "if the token is valid") {
+			vars := map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL, "GITHUB_OIDC_AUDIENCE": testAudience}
+			maps.Copy(vars, tt.vars)
+			out, err := askExplain(t, tt.stdin, vars, strings.Fields(tt.args)...)
+			if tt.allowed && err != nil || !tt.allowed && !errors.Is(err, errDenied) {
 				t.Errorf("error %v\n%s", err, out)
 			}
-			noToken(t, tt.token, out)
-		})
-	}
-
-	t.Run("what is wrong without keys is no fault of theirs", func(t *testing.T) {
-		out, err := askExplain(t, noIssuer(t), header("alg", "RS384"), vars, "--verify", "--image=ghcr.io/acme/api:dev")
-		if !errors.Is(err, errDenied) || !strings.Contains(out, "denied, 401") {
-			t.Errorf("error %v\n%s", err, out)
-		}
-	})
-	for _, tt := range []struct {
-		name, stdin, audience string
-		allowed               bool
-		first                 string
-	}{
-		{"only decoded", good[:len(good)-10] + "AAAAAAAAAA", testAudience, true, explainUnverified},
-		{"no audience to compare with", good, "", true, explainUnverified},
-		{"expired since", with(map[string]any{"exp": now - 3600, "iat": now - 3900, "nbf": now - 4200}), testAudience, true, explainUnverified},
-		{"for another audience", good, "https://other.example.com", false, "token         not valid: claim aud: "},
-		{"claims of another issuer", `{"iss":"https://evil.example.com","repository_owner":"acme","event_name":"push"}`, testAudience, false, "token         not valid: claim iss: "},
-		{"some claims", `{"repository_owner":"acme","event_name":"push"}`, testAudience, true, explainUnverified},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			vars := map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL, "GITHUB_OIDC_AUDIENCE": tt.audience}
-			out, err := askExplain(t, noIssuer(t), tt.stdin, vars, "--image=ghcr.io/acme/api:dev")
-			answer := map[bool]string{true: "allowed by default rule, if the token is valid\n", false: "denied, 401: the token is not valid\n"}[tt.allowed]
-			if (err == nil) != tt.allowed || !strings.HasPrefix(out, tt.first) || !strings.Contains(out, "answer        "+answer) {
-				t.Errorf("error %v\n%s", err, out)
+			for _, line := range tt.want {
+				if !strings.Contains("\n"+out, "\n"+line+"\n") {
+					t.Errorf("no line %q in\n%s", line, out)
+				}
 			}
-			noToken(t, good, out)
+			noToken(t, tt.stdin, out)
 		})
 	}
 }
@@ -253,10 +111,9 @@ default rule  yes: event_name=` + explainEvents + ` may restart "*"
 func noToken(t *testing.T, token, text string) {
 	t.Helper()
 	const piece = 16
-	for i := 0; i+piece <= len(token); i++ {
+	for i := 0; strings.HasPrefix(token, "eyJ") && i+piece <= len(token); i++ {
 		if strings.Contains(text, token[i:i+piece]) {
-			t.Errorf("a piece of the token is in %q", text)
-			return
+			t.Fatalf("a piece of the token is in %q", text)
 		}
 	}
 }
@@ -270,74 +127,90 @@ func TestExplainUsage(t *testing.T) {
 	const neither = "standard input has neither a token nor a JSON object of claims: "
 	parts := strings.Split(token, ".")
 	for _, tt := range []struct {
-		name, stdin string
-		vars        map[string]string
-		args        []string
-		want        string
+		stdin string
+		vars  map[string]string
+		args  []string
+		want  string
 	}{
-		{"nothing", "", map[string]string{"GITHUB_ALLOWED_ORG": "", "ALLOWED_IMAGE_PREFIX": ""}, nil,
-			"missing required configuration: ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), GITHUB_ALLOWED_ORG (--github-allowed-org)"},
-		{"no image", token, nil, nil, "--image is missing"},
-		{"empty image", token, nil, []string{"--image="}, `--image: image "" is not a valid reference`},
-		{"image without a tag", token, nil, []string{"--image=ghcr.io/acme/api"}, "--image: image \"ghcr.io/acme/api\" has no tag"},
-		{"image with a digest", token, nil, []string{"--image=ghcr.io/acme/api@sha256:" + strings.Repeat("0", 64)}, "has a digest"},
-		{"the second image", token, nil, []string{image + ",Acme:dev"}, "must be in lower case"},
-		{"too many tags", token, nil, []string{"--image", strings.Repeat("ghcr.io/acme/api:dev,", maxTags) + "ghcr.io/acme/api:x"}, "--image: more than 32 tags of one name"},
-		{"a policy that means nothing", token, map[string]string{"TRUST_POLICY": "x"}, []string{image}, "TRUST_POLICY (--trust-policy): line 1: no rules"},
-		{"an option of web alone", token, nil, []string{image, "--web-listen-addr=:1"}, "flag provided but not defined: -web-listen-addr"},
-		{"the answer of a runner", `{"count":1,"value":"` + token + `"}`, nil, []string{image}, "standard input has a token in the member value"},
-		{"a word", token, nil, []string{image, "now"}, "unexpected argument; write --name=value, and see kuberollouttrigger explain -h"},
-		{"a claim without value", token, nil, []string{image, "--claim=ref"}, "expected name=value"},
-		{"verify without a token", "{}", nil, []string{image, "--verify"}, "--verify needs a token"},
-		{"verify with claims as flags", token, nil, []string{image, "--verify", "--claim=ref=x"}, "--verify needs a token"},
-		{"verify without audience", token, nil, []string{image, "--verify"}, "--verify needs GITHUB_OIDC_AUDIENCE (--github-oidc-audience)"},
+		{"", map[string]string{"GITHUB_ALLOWED_ORG": "", "ALLOWED_IMAGE_PREFIX": ""}, nil, "missing required configuration: ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), GITHUB_ALLOWED_ORG (--github-allowed-org)"},
+		{token, nil, nil, "--image is missing"},
+		{token, nil, []string{"--image="}, "is not a valid reference"},
+		{token, nil, []string{"--image=ghcr.io/acme/api"}, "has no tag"},
+		{token, nil, []string{image + ",Acme:dev"}, "must be in lower case"},
+		{token, map[string]string{"TRUST_POLICY": "x"}, []string{image}, "TRUST_POLICY (--trust-policy): line 1: no rules"},
+		{token, nil, []string{image, "--web-listen-addr=:1"}, "flag provided but not defined: -web-listen-addr"},
+		{token, nil, []string{image, "now"}, "kuberollouttrigger explain -h"},
+		{token, nil, []string{image, "--claim=ref"}, "expected name=value"},
+		{token, nil, []string{image, "--verify"}, "flag provided but not defined: -verify"},
+		{`{"count":1,"value":"` + token + `"}`, nil, []string{image}, "standard input has a token in the member value"},
 
-		{"empty", "", nil, []string{image}, neither + `"token: 1 segments, expected 3"`},
-		{"a word on standard input", "claims.json", nil, []string{image}, neither + `"token: 2 segments, expected 3"`},
-		{"Bearer", "Bearer " + token, nil, []string{image}, neither + `"header: not strict base64url"`},
-		{"two tokens", token + "\n" + token, nil, []string{image}, neither + `"token: 5 segments, expected 3"`},
-		{"half a token", token[:len(token)/3], nil, []string{image}, neither},
-		{"no signature", parts[0] + "." + parts[1], nil, []string{image}, neither + `"token: 2 segments, expected 3"`},
-		{"a payload that is no object", parts[0] + "." + b64([]byte(`["`+parts[1]+`"]`)) + "." + parts[2], nil, []string{image}, neither},
-		{"a token in JSON that is broken", `{"value":"` + token + `"`, nil, []string{image}, neither},
-		{"claims twice", `{"ref":"a","ref":"b"}`, nil, []string{image}, neither},
-		{"more than it reads", `{"ref":"` + strings.Repeat("a", maxExplainBytes) + `"}`, nil, []string{image}, neither},
+		{"", nil, []string{image}, neither},
+		{"claims.json", nil, []string{image}, neither},
+		{"Bearer " + token, nil, []string{image}, neither},
+		{token + "\n" + token, nil, []string{image}, neither},
+		{token[:len(token)/3], nil, []string{image}, neither},
+		{parts[0] + "." + parts[1], nil, []string{image}, neither},
+		{parts[0] + "." + b64([]byte(`["`+parts[1]+`"]`)) + "." + parts[2], nil, []string{image}, neither},
+		{`{"value":"` + token + `"`, nil, []string{image}, neither},
+		{`{"ref":"a","ref":"b"}`, nil, []string{image}, neither},
+		{`{"ref":"` + strings.Repeat("a", maxExplainBytes) + `"}`, nil, []string{image}, neither},
 
-		{"a token as an argument", "", nil, []string{image, token}, "an argument holds a token; give it on standard input"},
-		{"a token as the image", "", nil, []string{"--image", token}, "an argument holds a token"},
-		{"a token as a claim", "", nil, []string{image, "--claim", "token=" + token}, "an argument holds a token"},
-		{"a token to verify", "", nil, []string{image, "--verify=" + token}, "an argument holds a token"},
-		{"a header with a token", "", nil, []string{image, "Authorization: Bearer " + token}, "an argument holds a token"},
-		{"a token before help", "", nil, []string{"-h", token}, "an argument holds a token"},
+		{"", nil, []string{image, token}, "an argument holds a token; give it on standard input"},
+		{"", nil, []string{"--image", token}, "an argument holds a token"},
+		{"", nil, []string{image, "--claim", "token=" + token}, "an argument holds a token"},
+		{"", nil, []string{image, "Authorization: Bearer " + token}, "an argument holds a token"},
+		{"", nil, []string{"-h", token}, "an argument holds a token"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			out, err := askExplain(t, noIssuer(t), tt.stdin, tt.vars, tt.args...)
-			if usage := (usageError{}); !errors.As(err, &usage) || !strings.Contains(err.Error(), tt.want) || out != "" {
-				t.Fatalf("%v, want %s\n%s", err, tt.want, out)
-			}
-			noToken(t, token, err.Error())
-		})
+		out, err := askExplain(t, tt.stdin, tt.vars, tt.args...)
+		if usage := (usageError{}); !errors.As(err, &usage) || !strings.Contains(err.Error(), tt.want) || out != "" {
+			t.Errorf("%.60q: %v, want %s\n%s", tt.stdin, err, tt.want, out)
+			continue
+		}
+		noToken(t, token, err.Error())
 	}
 }
 
-// A terminal is no place for what a stranger may have written.
+// A terminal is no place for what somebody else may have written.
 func TestExplainEscapes(t *testing.T) {
 	nasty := "\x1b[2J\r\n\u202eacme\u2028\x00" + strings.Repeat("x", 5000)
 	c := claims{"repository": "acme/" + nasty, "repository_owner": "acme", "repository_owner_id": nasty, "event_name": "push", "ref": nasty, "environment": nasty}
 	for _, trust := range []string{explainPolicy, "- {claims: {ref: '*'}, images: ['ghcr.io/{repository}:dev']}", ""} {
 		for _, owner := range []string{"acme", nasty} {
 			c["repository_owner"] = owner
-			out, err := askExplain(t, noIssuer(t), string(jsonBytes(t, c)), map[string]string{"TRUST_POLICY": trust}, "--image=ghcr.io/acme/api:dev")
+			out, err := askExplain(t, string(jsonBytes(t, c)), map[string]string{"TRUST_POLICY": trust}, "--image=ghcr.io/acme/api:dev")
 			if err != nil && !errors.Is(err, errDenied) {
 				t.Fatal(err)
 			}
-			if strings.ContainsFunc(out, func(r rune) bool { return r != '\n' && (r < ' ' || r > '~') }) {
-				t.Errorf("not printable ASCII: %q", out)
-			}
 			for line := range strings.Lines(out) {
-				if len(line) > 600 {
-					t.Errorf("%d bytes in a line: %q", len(line), line)
+				if len(line) > 900 || strings.ContainsFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return r < ' ' || r > '~' }) {
+					t.Errorf("not fit for a terminal: %q", line)
 				}
+			}
+		}
+	}
+}
+
+// terminal is a buffer that says of itself what the file at a path is.
+type terminal struct {
+	bytes.Buffer
+	path string
+}
+
+func (w *terminal) Stat() (fs.FileInfo, error) { return os.Stat(w.path) }
+
+func TestExplainColors(t *testing.T) {
+	for _, tt := range []struct {
+		path, noColor string
+		colored       bool
+	}{{os.DevNull, "", true}, {os.DevNull, "1", false}, {"go.mod", "", false}, {"absent", "", false}} {
+		for _, event := range []string{"push", "pull_request"} {
+			want := map[string]string{"push": "\x1b[32mallowed\x1b[0m", "pull_request": "\x1b[31mdenied\x1b[0m"}[event]
+			w := &terminal{path: tt.path}
+			vars := maps.Clone(explainEnv)
+			vars["NO_COLOR"] = tt.noColor
+			explain([]string{"--image=ghcr.io/acme/api:dev", "--claim=repository_owner=acme", "--claim=event_name=" + event}, env(vars), nil, w)
+			if strings.Contains(w.String(), want) != tt.colored || strings.Contains(w.String(), "\x1b") != tt.colored {
+				t.Errorf("%+v: %q", tt, w)
 			}
 		}
 	}
@@ -366,45 +239,32 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 	}
 	statuses := map[int]int{}
 	for range 500 {
-		trust, ownerIDs := trusts[rnd.IntN(len(trusts))], pick("", "9919", "1,9919", "1").(string)
-		prefixes := pick("ghcr.io/acme", "ghcr.io/acme/api,docker.io", "ghcr.io").(string)
+		vars := map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL, "GITHUB_OIDC_AUDIENCE": testAudience, "TRUST_POLICY": trusts[rnd.IntN(len(trusts))],
+			"GITHUB_ALLOWED_ORG_ID": pick("", "9919", "1,9919", "1").(string), "ALLOWED_IMAGE_PREFIX": pick("ghcr.io/acme", "ghcr.io/acme/api,docker.io", "ghcr.io").(string)}
 		changes := map[string]any{
 			"repository": pick("acme/api", "Acme/API", "acme/web", "evil/api", "acme/*"), "repository_owner": pick("acme", "Acme", "evil", "\u212acme"),
 			"repository_id": pick("812345678", "1", 812345678, nil), "repository_owner_id": pick("9919", "1", 9919, ""),
 			"event_name": pick("push", "pull_request", "pull_request_target", "release", "*", nil), "ref": pick("refs/heads/main", "refs/tags/v1", "refs/pull/1/merge", "", nil),
 			"environment": pick("production", "Production", "*", nil, 1), "aud": pick(testAudience, testAudience, testAudience, "other"), "exp": pick(now+300, now+300, now-600),
 		}
-		if changes["repository"] == "Acme/API" {
-			changes["repository_owner"] = "Acme"
+		if owner, _, _ := strings.Cut(changes["repository"].(string), "/"); owner != "acme" {
+			changes["repository_owner"] = owner
 		}
-		if changes["repository"] == "evil/api" {
-			changes["repository_owner"] = "evil"
-		}
-		token := issuer.token(t, issuer.claimsWith(changes))
 		name := pick("ghcr.io/acme/api", "ghcr.io/acme/web", "ghcr.io/acme-evil/api", "docker.io/library/nginx", "ghcr.io/acme/r812345678").(string)
 		var tags, images []string
 		for range 1 + rnd.IntN(3) {
 			tags = append(tags, pick("dev", "v1", "V1", "pr-1").(string))
 			images = append(images, name+":"+tags[len(tags)-1])
 		}
+		token := issuer.token(t, issuer.claimsWith(changes))
 
-		vars := map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL, "GITHUB_OIDC_AUDIENCE": testAudience, "TRUST_POLICY": trust, "GITHUB_ALLOWED_ORG_ID": ownerIDs, "ALLOWED_IMAGE_PREFIX": prefixes}
-		out, err := askExplain(t, issuer.offline(), token, vars, "--verify", "--image", strings.Join(images, ","))
-		if err != nil && !errors.Is(err, errDenied) {
-			t.Fatal(err)
-		}
-		answer := regexp.MustCompile(`(?m)^answer +(allowed by [a-z0-9 ]+|denied, (\d+): (.*))$`).FindStringSubmatch(out)
-		if answer == nil || (err == nil) != strings.HasPrefix(answer[1], "allowed") {
-			t.Fatalf("error %v and\n%s", err, out)
-		}
-
+		vars = mergeMaps(explainEnv, vars)
 		cfg := &explainConfig{}
-		if err := parseConfig("explain", cfg, nil, func(name string) string { return cmp.Or(vars[name], explainEnv[name]) }); err != nil {
+		if err := parseConfig("explain", cfg, nil, env(vars)); err != nil {
 			t.Fatal(err)
 		}
-		p := mustPolicy(t, cfg.Orgs, cfg.OrgIDs, trust)
 		published := false
-		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: p, prefixes: cfg.ImagePrefixes,
+		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy), prefixes: cfg.ImagePrefixes,
 			publish: func(context.Context, []string) (int64, int64, error) { published = true; return 1, 1, nil }}
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest(http.MethodPost, "http://web/event", bytes.NewReader(jsonBytes(t, map[string]any{"image": name, "tags": tags})))
@@ -412,23 +272,15 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 		h.ServeHTTP(w, r)
 		statuses[w.Code]++
 
-		about := fmt.Sprintf("%v\nwith %v\nweb answers %d %s\nexplain says\n%s", changes, vars, w.Code, w.Body, out)
-		want := "202"
-		if answer[2] != "" {
-			want = answer[2]
-		}
-		if fmt.Sprint(w.Code) != want || published != (want == "202") {
-			t.Fatal(about)
-		}
-		var told struct{ Error string }
-		if json.Unmarshal(w.Body.Bytes(), &told) == nil && strings.HasPrefix(told.Error, "this job may not") && told.Error != answer[3] {
-			t.Fatal(about)
-		}
-
-		// Without the issuer, all but the signature decides.
 		for _, stdin := range []string{token, string(jsonBytes(t, issuer.claimsWith(changes)))} {
-			if out, err := askExplain(t, noIssuer(t), stdin, vars, "--image", strings.Join(images, ",")); (err == nil) != (want == "202") {
-				t.Fatalf("%v with %v: %v\n%s", changes, vars, err, out)
+			out, err := askExplain(t, stdin, vars, "--image", strings.Join(images, ","))
+			about := fmt.Sprintf("%v\nwith %v\nweb answers %d %s\nexplain says %v\n%s", changes, vars, w.Code, w.Body, err, out)
+			if (err == nil) != (w.Code == http.StatusAccepted) || (err == nil) != published || strings.Contains(out, "\nclaims ") != (w.Code == http.StatusUnauthorized) {
+				t.Fatal(about)
+			}
+			var told struct{ Error string }
+			if json.Unmarshal(w.Body.Bytes(), &told) == nil && strings.HasPrefix(told.Error, "this job may not") && !strings.Contains(out, "denied: "+told.Error+"\n") {
+				t.Fatal(about)
 			}
 		}
 	}
@@ -440,6 +292,12 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 	}
 }
 
+func mergeMaps(a, b map[string]string) map[string]string {
+	merged := maps.Clone(a)
+	maps.Copy(merged, b)
+	return merged
+}
+
 // The program itself: exit codes, streams, and nothing but text for people.
 func TestExplainProgram(t *testing.T) {
 	vars := []string{"GITHUB_ALLOWED_ORG=acme", "ALLOWED_IMAGE_PREFIX=ghcr.io/acme"}
@@ -448,8 +306,8 @@ func TestExplainProgram(t *testing.T) {
 		code           int
 		stdout, stderr string
 	}{
-		{"--image=ghcr.io/acme/api:dev --claim=repository_owner=acme --claim=event_name=push", 0, "answer        allowed by default rule", ""},
-		{"--image=ghcr.io/acme/api:dev --claim=repository_owner=evil --claim=event_name=push", 1, "answer        denied, 403", ""},
+		{"--image=ghcr.io/acme/api:dev --claim=repository_owner=acme --claim=event_name=push", 0, "\nanswer        allowed, if the token is valid\n", ""},
+		{"--image=ghcr.io/acme/api:dev --claim=repository_owner=evil --claim=event_name=push", 1, "\nanswer        denied: repository_owner is evil", ""},
 		{"--image=ghcr.io/acme/api:dev", 2, "", "kuberollouttrigger: standard input has neither"},
 		{"--claim=repository_owner=acme", 2, "", "kuberollouttrigger: --image is missing"},
 	} {
@@ -463,29 +321,22 @@ func TestExplainProgram(t *testing.T) {
 // -h and docs/configuration.md have the same flags; the options are held by
 // TestDocsOptionTable.
 func TestDocsExplainFlags(t *testing.T) {
-	var help bytes.Buffer
-	if err := explain(t.Context(), []string{"-h"}, env(nil), strings.NewReader(""), &help, noIssuer(t)); err != nil {
+	help, err := askExplain(t, "", nil, "-h")
+	if err != nil {
 		t.Fatal(err)
 	}
-	own, shared, ok := strings.Cut(help.String(), "\nA flag overrides")
-	if !ok || strings.Contains(shared, "--valkey-addr") {
-		t.Errorf("-h prints %s", &help)
+	own, shared, ok := strings.Cut(help, "\nA flag overrides")
+	if !ok || strings.Contains(shared, "--valkey-addr") || !strings.Contains(shared, "--trust-policy") {
+		t.Errorf("-h prints %s", help)
 	}
-	for variable, def := range map[string]string{"GITHUB_ALLOWED_ORG": "required", "ALLOWED_IMAGE_PREFIX": "required", "GITHUB_OIDC_AUDIENCE": "none", "TRUST_POLICY": "none"} {
-		if !regexp.MustCompile(`(?m)^--\S+ +` + variable + ` +` + def + ` `).MatchString(shared) {
-			t.Errorf("-h does not say that %s is %s:\n%s", variable, def, shared)
+	_, section, _ := strings.Cut(readDoc(t, "docs/configuration.md"), "\n## explain\n")
+	flags := regexp.MustCompile(`(?m)^(--\S+) +(.*)$`).FindAllStringSubmatch(own, -1)
+	for _, m := range flags {
+		if row := fmt.Sprintf("| `%s` | %s |", m[1], m[2]); !strings.Contains(section, row) {
+			t.Errorf("docs/configuration.md has no row %q", row)
 		}
 	}
-	var want [][]string
-	for _, m := range regexp.MustCompile(`(?m)^(--\S+) +(.*)$`).FindAllStringSubmatch(own, -1) {
-		want = append(want, []string{"`" + m[1] + "`", m[2]})
-	}
-	var got [][]string
-	_, section, _ := strings.Cut(readDoc(t, "docs/configuration.md"), "\n## explain\n")
-	for _, m := range regexp.MustCompile("(?m)^\\| (`--\\S+`) \\| (.*) \\|$").FindAllStringSubmatch(section, -1) {
-		got = append(got, m[1:])
-	}
-	if len(want) != 3 || !slices.EqualFunc(got, want, slices.Equal) {
-		t.Errorf("docs/configuration.md has %q, and the flags are %q", got, want)
+	if rows := strings.Count(section, "| `--"); len(flags) != 2 || rows != 2 {
+		t.Errorf("%d flags in -h and %d in docs/configuration.md", len(flags), rows)
 	}
 }

@@ -212,7 +212,7 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	policy := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
 	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Orgs, "org_ids", cfg.OrgIDs,
 		"issuer", cfg.Issuer, "audience", cfg.Audience)
-	if rules := policy.strangers(); len(rules) > 0 {
+	if rules := policy.rulesWithRiskyEvents(); len(rules) > 0 {
 		log.Warn("a wildcard in event_name matches pull_request_target or workflow_run, which may run untrusted code: name the events", "rules", rules)
 	}
 	verifier := newVerifier(cfg.Issuer, cfg.Audience, issuer, log, time.Now)

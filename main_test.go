@@ -75,7 +75,7 @@ func TestCommandLine(t *testing.T) {
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): line 1: no rules"},
 		// web says at start what holds.
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme,b --github-allowed-org-id=7 --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", code: 1,
-			stderr: `"msg":"policy","rules":["default rule: event_name=\"push\"|\"workflow_dispatch\"|\"repository_dispatch\"|\"release\"|\"schedule\"|\"registry_package\"|\"deployment\" may restart \"*\""],"prefixes":["ghcr.io/acme"],"orgs":["acme","b"],"org_ids":["7"],"issuer":"https://token.actions.githubusercontent.com","audience":"a"}`},
+			stderr: `"msg":"policy","rules":["default rule: event_name=push|workflow_dispatch|repository_dispatch|release|schedule|registry_package|deployment may restart *"],"prefixes":["ghcr.io/acme"],"orgs":["acme","b"],"org_ids":["7"],"issuer":"https://token.actions.githubusercontent.com","audience":"a"}`},
 		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0",
 			vars: []string{"TRUST_POLICY=- {claims: {event_name: pull_request_target}, images: ['*']}\n- {claims: {event_name: 'w*'}, images: ['*']}"}, code: 1,
 			stderr: `which may run untrusted code: name the events","rules":["rule 2"]}`},

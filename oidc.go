@@ -2,12 +2,19 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"crypto/rsa"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
+	"math/rand/v2"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -16,23 +23,45 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	josejson "github.com/go-jose/go-jose/v4/json"
-	"github.com/go-jose/go-jose/v4/jwt"
 )
 
 const (
 	maxTokenBytes    = 8 << 10 // GitHub's tokens have about 2 kB
 	maxTokenLifetime = 15 * time.Minute
 	clockLeeway      = time.Minute
+
+	keyRefreshInterval = 10 * time.Minute
+	keyGrace           = 24 * time.Hour // how long the last good keys serve
+	keyFetchGap        = 30 * time.Second
+	keyFetchTimeout    = 10 * time.Second
+	maxKeyDocument     = 1 << 20
 )
 
-// claims are the claims of a verified token that are JSON strings, by name.
-// GitHub writes every claim of its own as a string, ids and booleans included:
+// errNoKeys means that no token can be verified: the issuer's keys were never
+// fetched or are older than keyGrace. It says nothing about the token.
+var errNoKeys = errors.New("no usable keys of the issuer")
+
+var signatureAlgorithms = []jose.SignatureAlgorithm{jose.RS256}
+
+// forbiddenHeaders bring keys of their own or change how a token is read. Other
+// members that verify does not know are ignored (RFC 7515, section 4).
+var forbiddenHeaders = []string{"jwk", "jku", "x5u", "x5c", "crit", "b64", "zip", "enc", "cty"}
+
+// claims are the claims of a token that are JSON strings, by name. GitHub writes
+// every claim of its own as a string, ids and booleans included:
 // https://docs.github.com/en/actions/reference/security/oidc
 type claims map[string]string
 
-// verifier checks GitHub's OIDC tokens. verify only ever looks at the keys that
-// run has fetched; nothing that a token says makes a request wait, or makes run
-// fetch more often than once in keyFetchGap.
+// show returns a claim for a log line.
+func (c claims) show(name string) string {
+	if value, ok := c[name]; ok {
+		return show(value)
+	}
+	return "absent or not a string"
+}
+
+// verifier checks GitHub's OIDC tokens. verify uses only the keys that run has
+// fetched, so no token can make a request wait.
 type verifier struct {
 	issuer   string
 	audience string
@@ -40,8 +69,14 @@ type verifier struct {
 	log      *slog.Logger
 	now      func() time.Time
 
-	keys   atomic.Pointer[keySet]
-	wanted chan struct{} // one slot: an unknown kid was seen
+	keys       atomic.Pointer[keySet]
+	unknownKid chan struct{} // one slot; tells run to fetch the keys soon
+}
+
+// keySet is the result of one fetch. It is replaced as a whole, never changed.
+type keySet struct {
+	byID    map[string]*rsa.PublicKey
+	fetched time.Time
 }
 
 // newVerifier takes the issuer's exact URL, the one audience that is accepted,
@@ -50,21 +85,17 @@ func newVerifier(issuer, audience string, client *http.Client, log *slog.Logger,
 	// Only the URLs that the issuer itself publishes are trusted with the keys.
 	direct := *client
 	direct.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	return &verifier{issuer: issuer, audience: audience, client: &direct, log: log, now: now, wanted: make(chan struct{}, 1)}
+	return &verifier{issuer: issuer, audience: audience, client: &direct, log: log, now: now, unknownKid: make(chan struct{}, 1)}
 }
 
-// verify returns the claims of a token that is valid now. errNoKeys apart,
-// every error is a denial. Its text is for the log: it names the failed check
-// and never holds the token or a part of it that could be replayed.
+// verify returns the claims of a token that is valid now. Every error except
+// errNoKeys is a denial. Its text is for the log: it names the failed check and
+// never holds a part of the token that could be replayed.
 //
-// The checks run cheapest first; nothing in the payload is read before the
+// The cheapest checks run first, and nothing in the payload is read before the
 // signature is known to be good.
 func (v *verifier) verify(token string) (claims, error) {
-	header, err := parseSegments(token)
-	if err != nil {
-		return nil, err
-	}
-	kid, err := checkHeader(header)
+	kid, err := checkHeader(token)
 	if err != nil {
 		return nil, err
 	}
@@ -74,111 +105,96 @@ func (v *verifier) verify(token string) (claims, error) {
 	}
 	key := set.byID[kid]
 	if key == nil {
-		// A kid that is new to us is denied and looked up in the background.
-		// GitHub publishes a key long before it signs with it, so in practice
-		// keyRefreshInterval has brought it by then.
+		// GitHub publishes a key long before it signs with it, so denying the
+		// token and fetching the keys in the background costs nobody a request.
 		select {
-		case v.wanted <- struct{}{}:
+		case v.unknownKid <- struct{}{}:
 		default:
 		}
-		return nil, fmt.Errorf("header: kid %s is none of the issuer's %d keys", quoted(kid), len(set.byID))
+		return nil, fmt.Errorf("header: kid %s is none of the issuer's %d keys", sanitize(kid), len(set.byID))
 	}
-	signed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
+	signed, err := jose.ParseSignedCompact(token, signatureAlgorithms)
 	if err != nil {
-		return nil, errors.New("token: not a signed JWT") // the cause may quote the header
+		return nil, errors.New("token: not a signed JWT") // err may quote the token
 	}
-	// go-jose's decoder refuses duplicate members, escaped or not (RFC 7519,
-	// section 4), and is case-sensitive.
-	var members map[string]json.RawMessage
-	if err := signed.Claims(key, &members); errors.Is(err, jose.ErrCryptoFailure) {
-		return nil, fmt.Errorf("signature: not made with key %s", quoted(kid))
-	} else if err != nil {
-		return nil, fmt.Errorf("payload: not one JSON object: %s", quoted(err.Error()))
-	} else if members == nil {
-		return nil, errors.New("payload: not one JSON object: null")
+	payload, err := signed.Verify(key)
+	if err != nil {
+		return nil, fmt.Errorf("signature: not made with key %s", sanitize(kid))
+	}
+	members, err := decodeObject(payload)
+	if err != nil {
+		return nil, fmt.Errorf("payload: %w", err)
 	}
 	return v.checkClaims(members)
 }
 
-// parseSegments checks the compact serialisation (RFC 7515, section 7.1) and
-// returns the decoded header. encoding/base64 skips CR and LF and go-jose lets
-// trailing bits pass: one signature could then be written in many ways.
-func parseSegments(token string) (header []byte, err error) {
+// checkHeader returns the kid. It runs before go-jose parses the token, because
+// go-jose parses embedded keys and certificates as well.
+func checkHeader(token string) (kid string, err error) {
 	if len(token) > maxTokenBytes {
-		return nil, fmt.Errorf("token: %d bytes, more than %d", len(token), maxTokenBytes)
+		return "", fmt.Errorf("token: %d bytes, expected at most %d", len(token), maxTokenBytes)
 	}
-	segments := strings.Split(token, ".")
-	if len(segments) != 3 {
-		return nil, fmt.Errorf("token: %d segments, expected 3", len(segments))
+	if n := strings.Count(token, ".") + 1; n != 3 {
+		return "", fmt.Errorf("token: %d segments, expected 3", n)
 	}
-	decoded := make([][]byte, 3)
-	for i, segment := range segments {
-		name := [...]string{"header", "payload", "signature"}[i]
-		if segment == "" {
-			return nil, fmt.Errorf("%s: empty", name)
-		}
-		decoded[i], err = base64.RawURLEncoding.Strict().DecodeString(segment)
-		if err != nil || strings.ContainsAny(segment, "\r\n") {
-			return nil, fmt.Errorf("%s: not strict base64url", name)
-		}
-		if i < 2 && !utf8.Valid(decoded[i]) { // RFC 7519, section 7.2
-			return nil, fmt.Errorf("%s: not UTF-8", name)
-		}
+	if strings.ContainsAny(token, "\r\n") { // encoding/base64 skips them
+		return "", errors.New("token: has a line break")
 	}
-	return decoded[0], nil
-}
-
-// checkHeader returns the kid. It knows the four members that GitHub writes and
-// refuses every other, before any library acts on jwk, x5c or crit.
-func checkHeader(header []byte) (kid string, err error) {
-	var members map[string]json.RawMessage
-	if err := josejson.Unmarshal(header, &members); err != nil {
-		return "", fmt.Errorf("header: not one JSON object: %s", quoted(err.Error()))
+	segment, _, _ := strings.Cut(token, ".")
+	header, err := base64.RawURLEncoding.DecodeString(segment)
+	if err != nil {
+		return "", errors.New("header: not base64url")
 	}
-	for name, raw := range members {
-		value, ok := jsonString(raw)
-		if !ok {
-			return "", fmt.Errorf("header: %s is not a string", quoted(name))
-		}
-		switch name {
-		case "alg":
-			if value != string(jose.RS256) {
-				return "", fmt.Errorf("header: alg is %s, expected RS256", quoted(value))
-			}
-		case "typ":
-			// A media type, so in any case (RFC 7515, section 4.1.9).
-			if lowerASCII(value) != "jwt" {
-				return "", fmt.Errorf("header: typ is %s, expected JWT", quoted(value))
-			}
-		case "kid":
-			if value == "" || len(value) > 256 {
-				return "", fmt.Errorf("header: kid of %d bytes, expected 1 to 256", len(value))
-			}
-			kid = value
-		case "x5t":
-		default:
-			return "", fmt.Errorf("header: member %s is not allowed", quoted(name))
+	members, err := decodeObject(header)
+	if err != nil {
+		return "", fmt.Errorf("header: %w", err)
+	}
+	for _, name := range forbiddenHeaders {
+		if _, ok := members[name]; ok {
+			return "", fmt.Errorf("header: member %s is not allowed", name)
 		}
 	}
-	if members["alg"] == nil || kid == "" {
-		return "", errors.New("header: alg or kid is missing")
+	if members["alg"] != string(jose.RS256) {
+		return "", fmt.Errorf("header: alg is %s, expected RS256", show(members["alg"]))
+	}
+	if typ, ok := members["typ"]; ok { // a media type, so in any case (RFC 7515, section 4.1.9)
+		if s, _ := typ.(string); lowerASCII(s) != "jwt" {
+			return "", fmt.Errorf("header: typ is %s, expected JWT", show(typ))
+		}
+	}
+	kid, _ = members["kid"].(string)
+	if kid == "" || len(kid) > 256 {
+		return "", fmt.Errorf("header: kid is %s, expected a string of 1 to 256 bytes", show(members["kid"]))
 	}
 	return kid, nil
 }
 
-// checkClaims checks what any token for this service must say, whatever the
-// policy. Everything is required: an absent claim is never a permission.
-func (v *verifier) checkClaims(members map[string]json.RawMessage) (claims, error) {
-	c := make(claims, len(members))
-	for name, raw := range members {
-		if s, ok := jsonString(raw); ok {
-			c[name] = s
-		} else if bytes.Count(raw, []byte("["))+bytes.Count(raw, []byte("{")) > 16 {
-			return nil, fmt.Errorf("claim %s: too many arrays and objects", quoted(name))
-		}
+// decodeObject decodes one JSON object. go-jose's decoder is case-sensitive and
+// refuses duplicate members (RFC 7519, section 4).
+func decodeObject(data []byte) (members map[string]any, err error) {
+	if !utf8.Valid(data) { // RFC 7519, section 7.2
+		return nil, errors.New("not UTF-8")
+	}
+	decoder := josejson.NewDecoder(bytes.NewReader(data))
+	decoder.SetNumberType(josejson.UnmarshalJSONNumber)
+	if err := decoder.Decode(&members); err != nil || members == nil {
+		return nil, errors.New("not a JSON object") // err may quote the token
+	}
+	if err := decoder.Decode(new(any)); err != io.EOF {
+		return nil, errors.New("more than one JSON object")
+	}
+	return members, nil
+}
+
+// checkClaims checks what every token for this service must say, whatever the
+// policy. All of it is required: an absent claim is never a permission.
+func (v *verifier) checkClaims(members map[string]any) (claims, error) {
+	c, err := stringClaims(members)
+	if err != nil {
+		return nil, err
 	}
 	if c["iss"] != v.issuer {
-		return nil, fmt.Errorf("claim iss: %s, expected %s", c.shown("iss"), quoted(v.issuer))
+		return nil, fmt.Errorf("claim iss is %s, expected %s", c.show("iss"), v.issuer)
 	}
 	if err := v.checkAudience(members["aud"]); err != nil {
 		return nil, err
@@ -189,49 +205,61 @@ func (v *verifier) checkClaims(members map[string]json.RawMessage) (claims, erro
 	}
 	for _, name := range []string{"sub", "repository_owner", "repository_id", "repository_owner_id"} {
 		if c[name] == "" {
-			return nil, fmt.Errorf("claim %s: %s, expected a string", name, c.shown(name))
+			return nil, fmt.Errorf("claim %s is %s, expected a value", name, c.show(name))
 		}
 	}
-	repo, ok := strings.CutPrefix(c["repository"], c["repository_owner"]+"/")
-	if !ok || repo == "" || strings.Contains(repo, "/") {
-		return nil, fmt.Errorf("claim repository: %s is not a repository of repository_owner %s", c.shown("repository"), c.shown("repository_owner"))
+	repository, ok := strings.CutPrefix(c["repository"], c["repository_owner"]+"/")
+	if !ok || repository == "" || strings.Contains(repository, "/") {
+		return nil, fmt.Errorf("claim repository is %s, expected a repository of repository_owner %s", c.show("repository"), c.show("repository_owner"))
 	}
 	return c, nil
 }
 
-// checkAudience takes one audience, as a string or alone in an array (RFC 7519,
-// section 4.1.3). A token for us and someone else could be replayed by them.
-func (v *verifier) checkAudience(raw json.RawMessage) error {
-	audience, ok := jsonString(raw)
-	if !ok {
-		var list []json.RawMessage
-		if err := josejson.Unmarshal(raw, &list); err == nil && len(list) == 1 {
-			audience, ok = jsonString(list[0])
+// stringClaims returns the members that are strings.
+func stringClaims(members map[string]any) (claims, error) {
+	c := make(claims, len(members))
+	for name, value := range members {
+		switch value := value.(type) {
+		case string:
+			c[name] = value
+		case []any, map[string]any: // which are both printed with a bracket
+			if strings.Count(fmt.Sprint(value), "[") > 16 {
+				return nil, fmt.Errorf("claim %s has too many lists and objects", sanitize(name))
+			}
 		}
 	}
-	if !ok || audience != v.audience {
-		return fmt.Errorf("claim aud: %s, expected %s alone", quoted(string(raw)), quoted(v.audience))
+	return c, nil
+}
+
+// checkAudience takes one audience, as a string or alone in a list (RFC 7519,
+// section 4.1.3). The other audience of a token for two could replay it.
+func (v *verifier) checkAudience(audience any) error {
+	if list, ok := audience.([]any); ok && len(list) == 1 {
+		audience = list[0]
+	}
+	if audience != v.audience {
+		return fmt.Errorf("claim aud is %s, expected %s", show(audience), v.audience)
 	}
 	return nil
 }
 
-// checkTimes wants all three times. GitHub's tokens live for 300 s and are valid
-// from 300 or 600 s before iat, so nothing is said of iat-nbf.
-func (v *verifier) checkTimes(members map[string]json.RawMessage) error {
+// checkTimes requires all three times. GitHub's tokens live for 300 s and are
+// valid from 300 or 600 s before iat, so iat-nbf is not limited.
+func (v *verifier) checkTimes(members map[string]any) error {
 	times := map[string]time.Time{}
 	for _, name := range []string{"exp", "nbf", "iat"} {
-		seconds, ok := jsonSeconds(members[name])
+		date, ok := numericDate(members[name])
 		if !ok {
-			return fmt.Errorf("claim %s: missing or not an integer from 1 to 99999999999", name)
+			return fmt.Errorf("claim %s is %s, expected an integer from 1 to 99999999999", name, show(members[name]))
 		}
-		times[name] = time.Unix(seconds, 0)
+		times[name] = date
 	}
 	now, exp, nbf, iat := v.now(), times["exp"], times["nbf"], times["iat"]
 	switch lifetime := exp.Sub(iat); {
 	case lifetime <= 0 || lifetime > maxTokenLifetime:
-		return fmt.Errorf("claim exp: %s after iat, expected up to %s", lifetime, maxTokenLifetime)
+		return fmt.Errorf("claim exp is %s after iat, expected up to %s", lifetime, maxTokenLifetime)
 	case nbf.After(exp):
-		return fmt.Errorf("claim nbf: %s after exp", nbf.Sub(exp))
+		return fmt.Errorf("claim nbf is %s after exp", nbf.Sub(exp))
 	case !now.Before(exp.Add(clockLeeway)):
 		return fmt.Errorf("claim exp: expired %s ago", now.Sub(exp).Round(time.Second))
 	case now.Add(clockLeeway).Before(nbf):
@@ -242,39 +270,150 @@ func (v *verifier) checkTimes(members map[string]json.RawMessage) error {
 	return nil
 }
 
-// jsonString decodes a JSON string, and nothing else: null is not one.
-func jsonString(raw json.RawMessage) (string, bool) {
-	if len(raw) < 2 || raw[0] != '"' {
-		return "", false
-	}
-	if inner := raw[1 : len(raw)-1]; bytes.IndexByte(inner, '\\') < 0 {
-		return string(inner), true
-	}
-	var s string
-	err := josejson.Unmarshal(raw, &s)
-	return s, err == nil
+// numericDate reads a NumericDate (RFC 7519, section 2) of the one form that
+// GitHub writes: an integer without sign, fraction or exponent.
+func numericDate(value any) (time.Time, bool) {
+	number, _ := value.(josejson.Number)
+	seconds, err := strconv.ParseInt(string(number), 10, 64)
+	return time.Unix(seconds, 0), err == nil && seconds > 0 && seconds <= 99999999999
 }
 
-// jsonSeconds reads a NumericDate (RFC 7519, section 2) of the one form that
-// GitHub writes: an integer literal, with no sign, fraction or exponent.
-func jsonSeconds(raw json.RawMessage) (int64, bool) {
-	n, err := strconv.ParseUint(string(raw), 10, 64)
-	return int64(n), err == nil && n > 0 && n <= 99999999999
+// show returns a member of a token for a log line.
+func show(value any) string {
+	switch value {
+	case nil:
+		return "absent or null"
+	case "":
+		return "empty"
+	}
+	return sanitize(fmt.Sprint(value))
 }
 
-// shown is a claim for a log line.
-func (c claims) shown(name string) string {
-	if value, ok := c[name]; ok {
-		return quoted(value)
+// current returns the keys, as long as they may be used.
+func (v *verifier) current() (*keySet, error) {
+	set := v.keys.Load()
+	if set == nil {
+		return nil, fmt.Errorf("%w: they were never fetched", errNoKeys)
 	}
-	return "absent or not a string"
+	if age := v.now().Sub(set.fetched); age > keyGrace {
+		return nil, fmt.Errorf("%w: they were last fetched %s ago", errNoKeys, age.Round(time.Second))
+	}
+	return set, nil
 }
 
-// quoted makes a stranger's text fit for a log line: escaped and cut.
-func quoted(s string) string {
-	const most = 100
-	if len(s) > most {
-		return strconv.QuoteToASCII(s[:most]) + "..."
+// ready is nil while tokens can be verified.
+func (v *verifier) ready() error {
+	_, err := v.current()
+	return err
+}
+
+// run fetches the keys until ctx is done: at once, then every keyRefreshInterval,
+// or sooner after an unknown kid. A flood of forged kids costs the issuer one
+// fetch per keyFetchGap. A failed fetch is retried with backoff while there are
+// no keys, and every keyFetchGap once there are.
+func (v *verifier) run(ctx context.Context) {
+	backoff := time.Second
+	for ctx.Err() == nil {
+		wait, refreshIn := keyFetchGap, spread(keyRefreshInterval)-keyFetchGap
+		if err := v.refresh(ctx); err != nil && ctx.Err() == nil {
+			refreshIn = 0
+			if v.keys.Load() == nil {
+				wait = spread(backoff)
+				backoff = min(2*backoff, keyFetchGap)
+			}
+			v.log.Warn("fetching the issuer's keys failed", "err", err, "issuer", v.issuer, "retry_in", wait)
+		}
+		sleep(ctx, wait)
+		select {
+		case <-ctx.Done():
+		case <-v.unknownKid:
+		case <-time.After(refreshIn):
+		}
 	}
-	return strconv.QuoteToASCII(s)
+}
+
+// spread varies d by a tenth, so that replicas do not fetch in step.
+func spread(d time.Duration) time.Duration { return d - d/10 + rand.N(d/5) }
+
+// refresh replaces the keys with those that the issuer publishes now, or leaves
+// them as they are. An issuer revokes a key by removing it, so the new set counts
+// as it is; a set without usable keys is taken for a fault.
+func (v *verifier) refresh(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, keyFetchTimeout)
+	defer cancel()
+	fetched := v.now()
+	var discovery struct {
+		Issuer  string `json:"issuer"`
+		JWKSURI string `json:"jwks_uri"`
+	}
+	// OpenID Connect Discovery 1.0, sections 4 and 4.3.
+	address := strings.TrimSuffix(v.issuer, "/") + "/.well-known/openid-configuration"
+	if err := v.get(ctx, address, &discovery); err != nil {
+		return err
+	}
+	if discovery.Issuer != v.issuer {
+		return fmt.Errorf("%s: issuer is %s, expected %s", address, sanitize(discovery.Issuer), v.issuer)
+	}
+	if u, err := url.Parse(discovery.JWKSURI); err != nil || u.Scheme != "https" || u.Host == "" {
+		return fmt.Errorf("%s: jwks_uri is %s, expected an https URL", address, sanitize(discovery.JWKSURI))
+	}
+	var jwks struct {
+		Keys []json.RawMessage `json:"keys"`
+	}
+	if err := v.get(ctx, discovery.JWKSURI, &jwks); err != nil {
+		return err
+	}
+	set := &keySet{byID: map[string]*rsa.PublicKey{}, fetched: fetched}
+	for _, raw := range jwks.Keys {
+		if kid, key := parseKey(raw); key != nil && set.byID[kid] == nil {
+			set.byID[kid] = key
+		}
+	}
+	if len(set.byID) == 0 {
+		return fmt.Errorf("%s: none of %d keys is usable", discovery.JWKSURI, len(jwks.Keys))
+	}
+	equal := func(a, b *rsa.PublicKey) bool { return a.Equal(b) }
+	if old := v.keys.Swap(set); old == nil || !maps.EqualFunc(old.byID, set.byID, equal) {
+		v.log.Info("fetched the issuer's keys", "issuer", v.issuer,
+			"kids", slices.Sorted(maps.Keys(set.byID)), "skipped", len(jwks.Keys)-len(set.byID))
+	}
+	return nil
+}
+
+// get decodes the JSON document at an address of the issuer.
+func (v *verifier) get(ctx context.Context, address string, into any) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := v.client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: status %s", address, sanitize(resp.Status))
+	}
+	body := io.LimitReader(resp.Body, maxKeyDocument)
+	if err := josejson.NewDecoder(body).Decode(into); err != nil {
+		return fmt.Errorf("%s: %s", address, sanitize(err.Error()))
+	}
+	return nil
+}
+
+// parseKey reads one key of a JWKS, or returns nil for one that is not usable.
+// go-jose decodes a whole set or nothing, and a key of an unknown type must not
+// spoil the others (RFC 7517, section 5).
+func parseKey(raw json.RawMessage) (kid string, key *rsa.PublicKey) {
+	var jwk jose.JSONWebKey
+	if err := jwk.UnmarshalJSON(raw); err != nil {
+		return "", nil
+	}
+	key, ok := jwk.Key.(*rsa.PublicKey)
+	if !ok || jwk.KeyID == "" || jwk.Use != "" && jwk.Use != "sig" || jwk.Algorithm != "" && jwk.Algorithm != string(jose.RS256) ||
+		key.N.BitLen() < 2048 || key.N.BitLen() > 4096 || key.N.Bit(0) == 0 ||
+		key.E < 65537 || key.E > 1<<31-1 || key.E%2 == 0 { // FIPS 186-5, and the limit of crypto/rsa
+		return "", nil
+	}
+	return jwk.KeyID, key
 }

@@ -4,7 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
+	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"unicode"
@@ -13,88 +14,98 @@ import (
 )
 
 // defaultCondition holds for a rule that does not name event_name. Each of these
-// events runs code that someone with write access put into the repository. The
-// others may run a stranger's: tokens of pull_request_target and workflow_run
-// look like main's in every claim but this one.
+// events runs code that somebody with write access put into the repository. Others
+// may run the code of a pull request, with a token that looks like main's in every
+// other claim.
 // https://docs.github.com/en/actions/reference/workflows-and-actions/events-that-trigger-workflows
-var defaultCondition = condition{"event_name", []pattern{
+var defaultCondition = condition{claim: "event_name", isDefault: true, values: []pattern{
 	{"push"}, {"workflow_dispatch"}, {"repository_dispatch"}, {"release"}, {"schedule"}, {"registry_package"}, {"deployment"},
 }}
 
-// policy decides which verified jobs may ask, and for which images.
+// riskyEvents can be caused without write access and have a token like main's.
+var riskyEvents = []string{"pull_request_target", "workflow_run"}
+
+// policy decides which verified jobs may restart which images.
 type policy struct {
-	orgs     []string // lower case
-	ownerIDs []string // empty: not pinned
+	owners   []string // lower case
+	ownerIDs []string // empty: any
 	rules    []rule   // never empty
 }
 
-// rule admits the jobs that satisfy all its conditions, for requests in which
-// every image matches one of its patterns.
+// rule allows the jobs that meet all its conditions to restart the images that
+// match one of its patterns.
 type rule struct {
 	name       string
 	conditions []condition
 	images     []pattern
 }
 
-// condition is satisfied by a claim that matches one of the values.
+// condition is met by a claim that matches one of the values.
 type condition struct {
-	claim  string
-	values []pattern
+	claim     string
+	values    []pattern
+	isDefault bool // the rule does not name the claim itself
 }
 
 // newPolicy takes GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and the rules of
-// TRUST_POLICY. Without a trust policy, every job of those organisations that
-// runs for one of the default events may ask for any image.
-func newPolicy(orgs, ownerIDs []string, trust []rule) *policy {
-	p := &policy{ownerIDs: ownerIDs, rules: trust}
-	for _, org := range orgs {
-		p.orgs = append(p.orgs, lowerASCII(org))
+// TRUST_POLICY. Without rules, every job of those owners that runs for a default
+// event may restart every image.
+func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
+	p := &policy{ownerIDs: ownerIDs, rules: rules}
+	for _, owner := range owners {
+		p.owners = append(p.owners, lowerASCII(owner))
 	}
-	if len(trust) == 0 {
+	if len(rules) == 0 {
 		p.rules = []rule{{"default rule", []condition{defaultCondition}, []pattern{newPattern("*")}}}
 	}
 	return p
 }
 
-// admit decides on the claims alone: nil means that the job may ask. The error
-// is for the log, and says for each rule what did not match.
-func (p *policy) admit(c claims) error {
+// checkClaims is nil if the job may ask for anything at all. Its error is for the
+// log: it says for each rule which claim does not match.
+func (p *policy) checkClaims(c claims) error {
 	if err := p.checkOwner(c); err != nil {
 		return err
 	}
-	var mismatches []string
-	for o := range p.outcomes(c, nil) {
-		if o.admits {
+	var reasons []string
+	for _, r := range p.rules {
+		unmet, found := r.unmetCondition(c)
+		if !found {
 			return nil
 		}
-		mismatches = append(mismatches, fmt.Sprintf("%s: %s is %s", o.rule.name, o.unmet.claim, c.shown(o.unmet.claim)))
+		reasons = append(reasons, fmt.Sprintf("%s: %s is %s", r.name, unmet.claim, c.show(unmet.claim)))
 	}
-	return fmt.Errorf("no rule matches the claims: %s", strings.Join(mismatches, "; "))
+	return fmt.Errorf("no rule matches the claims: %s", strings.Join(reasons, "; "))
 }
 
 func (p *policy) checkOwner(c claims) error {
 	// GitHub's names are ASCII; strings.EqualFold takes U+212A for k.
-	if !slices.Contains(p.orgs, lowerASCII(c["repository_owner"])) {
-		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.shown("repository_owner"))
+	if !slices.Contains(p.owners, lowerASCII(c["repository_owner"])) {
+		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.show("repository_owner"))
 	}
 	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c["repository_owner_id"]) {
-		return fmt.Errorf("repository_owner_id is %s, none of GITHUB_ALLOWED_ORG_ID", c.shown("repository_owner_id"))
+		return fmt.Errorf("repository_owner_id is %s, none of GITHUB_ALLOWED_ORG_ID", c.show("repository_owner_id"))
 	}
 	return nil
 }
 
-// allow decides on the canonical references that an admitted job asks for. One
-// rule must allow them all. The error may be told to the job.
-func (p *policy) allow(c claims, images []string) error {
+// checkImages is nil if one rule allows the job to restart all the images, which
+// are canonical references. Its error may be told to a job that checkClaims let
+// pass.
+func (p *policy) checkImages(c claims, images []string) error {
 	if len(images) == 0 {
 		return errors.New("no image was asked for")
 	}
-	most := 0 // images that a single rule allows, from the first
-	for o := range p.outcomes(c, images) {
-		if o.allows(images) {
+	most := 0
+	for _, r := range p.rules {
+		if _, found := r.unmetCondition(c); found {
+			continue
+		}
+		allowed := r.countAllowed(c, images)
+		if allowed == len(images) {
 			return nil
 		}
-		most = max(most, o.matched)
+		most = max(most, allowed)
 	}
 	if most > 0 {
 		return fmt.Errorf("this job may not restart %s, or not together with %s", images[most], images[0])
@@ -102,110 +113,113 @@ func (p *policy) allow(c claims, images []string) error {
 	return fmt.Errorf("this job may not restart %s", images[0])
 }
 
-// outcome is what one rule says of a job and the images that it asks for.
-type outcome struct {
-	rule    *rule
-	admits  bool      // the claims satisfy every condition
-	unmet   condition // if not: the first that they do not satisfy
-	matched int       // if so: images that it allows, from the first to the first that it does not
-}
-
-func (o *outcome) allows(images []string) bool { return o.admits && o.matched == len(images) }
-
-// outcomes asks one rule after the other. Whatever decides or explains goes
-// through here.
-func (p *policy) outcomes(c claims, images []string) iter.Seq[outcome] {
-	return func(yield func(outcome) bool) {
-		for i := range p.rules {
-			o := outcome{rule: &p.rules[i]}
-			if o.unmet, o.admits = o.rule.mismatch(c); o.admits {
-				for o.matched < len(images) && o.rule.allows(c, images[o.matched]) {
-					o.matched++
-				}
-			}
-			if !yield(o) {
-				return
-			}
+// unmetCondition returns the first condition that the claims do not meet. An
+// absent claim meets none, not even "*".
+func (r *rule) unmetCondition(c claims) (unmet condition, found bool) {
+	for _, cond := range r.conditions {
+		value, present := c[cond.claim]
+		if !present || !slices.ContainsFunc(cond.values, func(p pattern) bool { return p.matches(value) }) {
+			return cond, true
 		}
 	}
+	return condition{}, false
 }
 
-// strangers returns the rules that let in, without naming them, events for which
-// a stranger's code may run with a token that looks like main's.
-func (p *policy) strangers() (rules []string) {
+// countAllowed counts the images before the first that matches no pattern.
+func (r *rule) countAllowed(c claims, images []string) int {
+	denied := slices.IndexFunc(images, func(image string) bool {
+		return !slices.ContainsFunc(r.images, func(p pattern) bool {
+			expanded, ok := p.expand(c)
+			return ok && expanded.matches(image)
+		})
+	})
+	if denied < 0 {
+		return len(images)
+	}
+	return denied
+}
+
+// rulesWithRiskyEvents returns the rules whose stars let in a risky event that
+// they do not name.
+func (p *policy) rulesWithRiskyEvents() (names []string) {
 	for _, r := range p.rules {
 		for _, cond := range r.conditions {
-			if cond.claim == defaultCondition.claim && slices.ContainsFunc(cond.values, func(v pattern) bool {
-				return len(v) > 1 && (v.matches("pull_request_target") || v.matches("workflow_run"))
+			if cond.claim == "event_name" && slices.ContainsFunc(cond.values, func(p pattern) bool {
+				return p.hasStar() && slices.ContainsFunc(riskyEvents, p.matches)
 			}) {
-				rules = append(rules, r.name)
+				names = append(names, r.name)
 			}
 		}
 	}
-	return rules
+	return names
 }
 
 // describe returns a line for each rule in force.
 func (p *policy) describe() []string {
 	var lines []string
 	for _, r := range p.rules {
-		lines = append(lines, r.name+": "+r.String())
+		line := r.name + ": "
+		for _, cond := range r.conditions {
+			line += cond.claim + "=" + joinPatterns(cond.values) + " "
+		}
+		lines = append(lines, line+"may restart "+joinPatterns(r.images))
 	}
 	return lines
 }
 
-func (r *rule) String() string {
-	var text string
-	for _, cond := range r.conditions {
-		text += cond.claim + "=" + joinPatterns(cond.values) + " "
+// trustRule is a rule of TRUST_POLICY as it is written. The library's errors name it.
+type trustRule struct {
+	Claims map[string]yamlStrings
+	Images yamlStrings
+}
+
+// yamlStrings is one string or a list of them, with its line for errors.
+type yamlStrings struct {
+	texts []string
+	line  int
+}
+
+func (s *yamlStrings) UnmarshalYAML(n *yaml.Node) error {
+	s.line = n.Line
+	if n.Kind == yaml.ScalarNode {
+		s.texts = []string{n.Value}
+		return nil
 	}
-	return text + "may restart " + joinPatterns(r.images)
+	return n.Decode(&s.texts)
 }
 
-// mismatch returns the first condition that the claims do not satisfy, or true.
-// An absent claim satisfies none, not even "*".
-func (r *rule) mismatch(c claims) (unmet condition, ok bool) {
-	for _, cond := range r.conditions {
-		value, present := c[cond.claim]
-		if !present || !slices.ContainsFunc(cond.values, func(p pattern) bool { return p.matches(value) }) {
-			return cond, false
-		}
-	}
-	return condition{}, true
-}
+const expectedRules = `expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`
 
-func (r *rule) allows(c claims, image string) bool {
-	return slices.ContainsFunc(r.images, func(p pattern) bool {
-		p, ok := p.expand(c)
-		return ok && p.matches(image)
-	})
-}
-
-// parseRules reads TRUST_POLICY. What it does not understand or what could never
-// match is an error that names the line: a policy that means something else than
-// its author must not start.
+// parseRules reads TRUST_POLICY. A policy that would mean something else than its
+// author meant must not start: what parseRules does not understand, or what can
+// never match, is an error that names the line.
 func parseRules(text string) ([]rule, error) {
+	var document yaml.Node
 	decoder := yaml.NewDecoder(strings.NewReader(text))
-	var document, second yaml.Node
-	if err := decoder.Decode(&document); err != nil && err != io.EOF {
-		// yaml's lines are those where the list or map began that it was in.
-		return nil, errors.New(strings.ReplaceAll(strings.Join(strings.Fields(err.Error()), " "), " line ", " near line "))
-	}
-	if err := decoder.Decode(&second); err == nil {
-		return nil, atLine(&second, "another YAML document; expected one list of rules")
-	} else if err != io.EOF {
-		return nil, errors.New("after the list of rules: " + strings.Join(strings.Fields(err.Error()), " "))
-	}
-	if len(document.Content) == 0 {
+	if err := decoder.Decode(&document); err == io.EOF {
 		return nil, errors.New("no rules; " + expectedRules)
+	} else if err != nil {
+		return nil, yamlError(err)
 	}
-	items, ok := list(document.Content[0])
-	if !ok || len(items) == 0 {
-		return nil, atLine(document.Content[0], "no rules; %s", expectedRules)
+	if err := decoder.Decode(&yaml.Node{}); err != io.EOF {
+		return nil, errors.New("something follows the list of rules; expected one YAML document")
+	}
+	list := document.Content[0]
+	if list.Kind != yaml.SequenceNode || len(list.Content) == 0 {
+		return nil, fmt.Errorf("line %d: no rules; %s", list.Line, expectedRules)
+	}
+	if err := checkNode(list); err != nil {
+		return nil, err
+	}
+	decoder = yaml.NewDecoder(strings.NewReader(text))
+	decoder.KnownFields(true) // which Node.Decode cannot do
+	var written []trustRule
+	if err := decoder.Decode(&written); err != nil {
+		return nil, yamlError(err)
 	}
 	var rules []rule
-	for i, item := range items {
-		r, err := parseRule(item)
+	for i, w := range written {
+		r, err := w.compile(list.Content[i].Line)
 		if err != nil {
 			return nil, fmt.Errorf("rule %d, %w", i+1, err)
 		}
@@ -215,185 +229,211 @@ func parseRules(text string) ([]rule, error) {
 	return rules, nil
 }
 
-const expectedRules = `expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`
-
-// atLine is an error in a policy: where, and what is wrong there.
-func atLine(n *yaml.Node, format string, args ...any) error {
-	return fmt.Errorf("line %d: %w", n.Line, fmt.Errorf(format, args...))
+// yamlError makes one line of the library's error.
+func yamlError(err error) error {
+	return fmt.Errorf("%s; %s", sanitize(strings.Join(strings.Fields(err.Error()), " ")), expectedRules)
 }
 
-// target is n, or what it is an alias of.
-func target(n *yaml.Node) *yaml.Node {
-	if n.Kind == yaml.AliasNode {
-		return n.Alias
+// checkNode refuses what the library would take for a string, or drop silently: a
+// number, a null, a tag such as !deny, a merge. A policy holds nothing but lists,
+// maps and strings.
+func checkNode(n *yaml.Node) error {
+	plain := map[yaml.Kind]string{yaml.SequenceNode: "!!seq", yaml.MappingNode: "!!map", yaml.ScalarNode: "!!str"}
+	if tag := n.ShortTag(); n.Kind != yaml.AliasNode && tag != plain[n.Kind] {
+		return fmt.Errorf("line %d: %s %s is not a plain list, map or string; put numbers, true and false in quotes", n.Line, tag, sanitize(n.Value))
 	}
-	return n
-}
-
-// list returns what is in a list that has no tag of its own.
-func list(n *yaml.Node) (items []*yaml.Node, ok bool) {
-	n = target(n)
-	return n.Content, n.Kind == yaml.SequenceNode && n.ShortTag() == "!!seq"
-}
-
-func parseRule(item *yaml.Node) (r rule, err error) {
-	members, err := parseMap(item)
-	if err != nil {
-		return r, err
+	if strings.ContainsFunc(n.Value, unicode.IsControl) {
+		return fmt.Errorf("line %d: %s has a control character; no claim and no image has one", n.Line, sanitize(n.Value))
 	}
-	claims, images := item, item
-	for _, m := range members {
-		switch m.name {
-		case "claims":
-			claims = m.value
-		case "images":
-			images = m.value
-		default:
-			return r, atLine(m.key, "unknown member %q; expected claims and images", m.name)
+	for _, child := range n.Content {
+		if err := checkNode(child); err != nil {
+			return err
 		}
 	}
-	if claims != item {
-		members, err = parseMap(claims)
+	return nil
+}
+
+// compile checks a rule that begins at line.
+func (w *trustRule) compile(line int) (r rule, err error) {
+	if len(w.Claims) == 0 || len(w.Images.texts) == 0 {
+		return r, fmt.Errorf("line %d: no claims or no images; %s", line, expectedRules)
 	}
-	if err != nil {
-		return r, err
-	}
-	if claims == item || len(members) == 0 {
-		return r, atLine(claims, "no claims; expected names with values, such as claims: {ref: refs/heads/main}")
-	}
-	// A rule that does not name the event gets the default ones, even beside a
-	// rule that names others: to let pull requests restart preview images must
-	// not open the rule for production.
-	if !slices.ContainsFunc(members, func(m member) bool { return m.name == defaultCondition.claim }) {
+	// Every rule that names no event gets the default ones, whatever other rules
+	// name: a rule for preview images must not open the one for production.
+	if _, named := w.Claims["event_name"]; !named {
 		r.conditions = append(r.conditions, defaultCondition)
 	}
-	for _, m := range members {
-		if err := checkName(m.name); err != nil {
-			return r, atLine(m.key, "%w", err)
-		}
-		patterns, err := parsePatterns("claim "+m.name, m.value, func(s string) error { return checkValue(m.name, s) })
+	for _, claim := range slices.Sorted(maps.Keys(w.Claims)) {
+		check := func(value string) error { return checkClaimPattern(claim, value) }
+		values, err := w.Claims[claim].patterns("claim "+sanitize(claim), check)
 		if err != nil {
 			return r, err
 		}
-		r.conditions = append(r.conditions, condition{m.name, patterns})
+		r.conditions = append(r.conditions, condition{claim: claim, values: values})
 	}
-	if _, ok := list(images); !ok {
-		return r, atLine(images, `no images; expected a list, such as images: ["ghcr.io/{repository}:dev"]`)
-	}
-	r.images, err = parsePatterns("images", images, checkImage)
+	r.images, err = w.Images.patterns("images", checkImagePattern)
 	return r, err
 }
 
-// member is a name in a map with its value.
-type member struct {
-	name       string
-	key, value *yaml.Node
-}
-
-// parseMap returns the members of a map in their order; none if n is no map, or
-// one with a tag of its own.
-func parseMap(n *yaml.Node) (members []member, err error) {
-	n = target(n)
-	if n.Kind != yaml.MappingNode || n.ShortTag() != "!!map" {
-		return nil, nil
+func (s yamlStrings) patterns(what string, check func(string) error) (patterns []pattern, err error) {
+	if len(s.texts) == 0 {
+		return nil, fmt.Errorf("line %d: %s: an empty list; expected at least one value", s.line, what)
 	}
-	for i := 0; i < len(n.Content); i += 2 {
-		m := member{key: n.Content[i], value: n.Content[i+1]}
-		if m.name, err = parseString(m.key); err != nil {
-			return nil, atLine(m.key, "a name: %w", err)
+	for _, text := range s.texts {
+		if err := check(text); err != nil {
+			return nil, fmt.Errorf("line %d: %s: %w", s.line, what, err)
 		}
-		if slices.ContainsFunc(members, func(other member) bool { return other.name == m.name }) {
-			return nil, atLine(m.key, "%q is there twice", m.name)
-		}
-		members = append(members, m)
-	}
-	return members, nil
-}
-
-// parsePatterns takes one string, or a list of them.
-func parsePatterns(what string, n *yaml.Node, check func(string) error) (patterns []pattern, err error) {
-	values, ok := list(n)
-	if !ok {
-		values = []*yaml.Node{n}
-	}
-	if len(values) == 0 {
-		return nil, atLine(n, "%s: an empty list; expected at least one value", what)
-	}
-	for _, value := range values {
-		s, err := parseString(value)
-		if err == nil {
-			err = check(s)
-		}
-		if err != nil {
-			return nil, atLine(value, "%s: %w", what, err)
-		}
-		patterns = append(patterns, newPattern(s))
+		patterns = append(patterns, newPattern(text))
 	}
 	return patterns, nil
 }
 
-func parseString(n *yaml.Node) (string, error) {
-	n = target(n)
-	switch {
-	case n.Kind != yaml.ScalarNode:
-		return "", errors.New("a list or map; expected a string")
-	case n.ShortTag() == "!!null":
-		return "", errors.New(`no value; expected a string, "" if the claim must be empty`)
-	case n.ShortTag() != "!!str":
-		return "", fmt.Errorf("%q is not a string to YAML; put it in quotes, as claims are strings, ids included", n.Value)
-	case strings.ContainsFunc(n.Value, notText):
-		return "", fmt.Errorf("%q has a control character; no claim and no image has one", n.Value)
-	}
-	return n.Value, nil
+var (
+	placeholderRE = regexp.MustCompile(`\{(repository|repository_owner|repository_id)\}`)
+	bracesRE      = regexp.MustCompile(`\{\w+\}`)
+	claimNameRE   = regexp.MustCompile(`^[A-Za-z][\w#$-]*$`)
+	familiarRE    = regexp.MustCompile(`^(index\.docker\.io/|docker\.io/[^/*]*:)`)
+	// A ref, no ref, or a star that may cover what is missing of one.
+	refRE        = regexp.MustCompile(`^(refs/(heads|tags|pull)/[^ ?\[\\^:~]+|(r|re|ref|refs|refs/[a-z]*)?\*[^ ?\[\\^:~]*)?$`)
+	imageCharsRE = regexp.MustCompile(`^[\w./:*\[\]-]+$`)
+)
+
+// claimForms are the claims that GitHub documents and people get wrong. A pattern
+// of theirs, stars included, matches form; or one of values matches the pattern.
+var claimForms = map[string]struct {
+	form     *regexp.Regexp
+	values   []string
+	expected string
+}{
+	"ref":                   {form: refRE, expected: "refs/heads/name or refs/tags/name"},
+	"ref_type":              {values: []string{"branch", "tag"}, expected: "branch or tag"},
+	"ref_protected":         {values: []string{"true", "false"}, expected: `"true" or "false"`},
+	"event_name":            {form: regexp.MustCompile(`^[a-z_*]+$`), expected: "the name of an event, such as push"},
+	"repository":            {form: regexp.MustCompile(`^[\w*-]*[/*][\w.*-]*$`), expected: "owner/name"},
+	"repository_owner":      {form: regexp.MustCompile(`^[\w*-]+$`), expected: "an owner's name"},
+	"repository_id":         {form: regexp.MustCompile(`^[\d*]+$`), expected: "a number"},
+	"repository_owner_id":   {form: regexp.MustCompile(`^[\d*]+$`), expected: "a number"},
+	"repository_visibility": {values: []string{"public", "private", "internal"}, expected: "public, private or internal"},
+	"runner_environment":    {values: []string{"github-hosted", "self-hosted"}, expected: "github-hosted or self-hosted"},
+	"job_workflow_ref":      {form: regexp.MustCompile(`@|\*$`), expected: "owner/name/.github/workflows/file.yml@ref"},
+	"workflow_ref":          {form: regexp.MustCompile(`@|\*$`), expected: "owner/name/.github/workflows/file.yml@ref"},
 }
 
-// notText holds for what YAML lets in by escapes alone.
-func notText(r rune) bool {
-	return unicode.IsControl(r) || r == '\uFFFE' || r == '\uFFFF'
-}
-
-// checkImage refuses what no canonical reference can match.
-func checkImage(s string) error {
-	example, _ := newPattern(s).expand(claims{"repository": "owner/name", "repository_owner": "owner", "repository_id": "1"})
-	if strings.ContainsAny(example.String(), "{}") {
-		return fmt.Errorf("%q has an unknown placeholder; expected {repository}, {repository_owner} or {repository_id}", s)
-	}
-	// docker.io/nginx is docker.io/library/nginx in canonical form.
-	if !possible(example, imageForm) || familiarRE.MatchString(example.String()) {
-		return fmt.Errorf("%q can match no image; expected a registry, a name in lower case and a tag, such as ghcr.io/{repository}:v* or docker.io/library/nginx:*", s)
-	}
-	return nil
-}
-
-// checkName refuses what no claim is called. GitHub may add claims, and names
-// repo_property_* after what an organisation calls its properties.
-func checkName(name string) error {
+// checkClaimPattern refuses what is not a claim name, and values that the claim
+// can never have. GitHub may add claims, and names repo_property_* after an
+// organization's properties.
+func checkClaimPattern(name, s string) error {
 	if !claimNameRE.MatchString(name) {
-		return fmt.Errorf("%q is no name of a claim", name)
+		return errors.New("is not a claim name")
 	}
 	known := strings.ReplaceAll(lowerASCII(name), "-", "_")
 	if _, ok := claimForms[known]; ok && name != known {
-		return fmt.Errorf("%q is no name of a claim; expected %s", name, known)
-	}
-	return nil
-}
-
-// checkValue refuses what the claim of that name can never be.
-func checkValue(name, s string) error {
-	if bracesRE.MatchString(s) {
-		return fmt.Errorf("%q has a placeholder; expected one in images only", s)
+		return fmt.Errorf("is not a claim name; expected %s", known)
 	}
 	if slices.Contains([]string{"iss", "aud", "exp", "iat", "nbf"}, name) {
 		return errors.New("cannot be matched; web checks it for every token")
 	}
-	if claim, ok := claimForms[name]; ok && !possible(newPattern(s), claim.form) {
-		return fmt.Errorf("%q can match no token; expected %s", s, claim.expected)
+	if bracesRE.MatchString(s) {
+		return fmt.Errorf("%s has a placeholder; expected one in images only", sanitize(s))
+	}
+	claim, ok := claimForms[name]
+	possible := !ok || claim.form != nil && claim.form.MatchString(s) || slices.ContainsFunc(claim.values, newPattern(s).matches)
+	if !possible {
+		return fmt.Errorf("%s can match no token; expected %s", sanitize(s), claim.expected)
 	}
 	return nil
 }
 
-// lowerASCII leaves every letter beyond ASCII alone: strings.ToLower makes a k
-// of U+212A, and a name with it is somebody else's.
+// checkImagePattern refuses what no canonical reference can match.
+func checkImagePattern(s string) error {
+	expanded, _ := newPattern(s).expand(claims{"repository": "owner/name", "repository_owner": "owner", "repository_id": "1"})
+	example := expanded.String()
+	if strings.ContainsAny(example, "{}") {
+		return fmt.Errorf("%s has an unknown placeholder; expected {repository}, {repository_owner} or {repository_id}", sanitize(s))
+	}
+	// docker.io/nginx is docker.io/library/nginx in canonical form.
+	if !possibleImage(example) || familiarRE.MatchString(example) {
+		return fmt.Errorf("%s can match no image; expected registry/name:tag in lower case, such as ghcr.io/{repository}:v* or docker.io/library/nginx:*", sanitize(s))
+	}
+	return nil
+}
+
+// possibleImage looks at what stands outside the stars.
+func possibleImage(s string) bool {
+	if !imageCharsRE.MatchString(s) || strings.Contains(s, "//") {
+		return false
+	}
+	host, _, hasPath := strings.Cut(s, "/")
+	isHost := hasPath && (host == "localhost" || strings.ContainsAny(host, ".:"))
+	if !isHost && !strings.Contains(host, "*") {
+		return false
+	}
+	// The name ends at the colon before the tag, or at a star that may cover it.
+	last := strings.LastIndex(s, "/") + 1
+	length := strings.IndexAny(s[last:], ":*")
+	if length < 0 || strings.ContainsFunc(s[:last+length], unicode.IsUpper) {
+		return false
+	}
+	tag, hasColon := strings.CutPrefix(s[last+length:], ":")
+	return !hasColon || tag != "" && !strings.ContainsAny(tag[:1], ".-") && !strings.Contains(tag, ":")
+}
+
+// pattern is the text before, between and after the stars of a pattern; one
+// element is text without a star.
+type pattern []string
+
+func newPattern(s string) pattern { return strings.Split(s, "*") }
+
+func (p pattern) String() string { return strings.Join(p, "*") }
+
+func (p pattern) hasStar() bool { return len(p) > 1 }
+
+func joinPatterns(patterns []pattern) string {
+	var texts []string
+	for _, p := range patterns {
+		texts = append(texts, sanitize(p.String()))
+	}
+	return strings.Join(texts, "|")
+}
+
+// matches compares the whole of s. Each text is looked for once, right after the
+// one before it, so the time is linear whatever the number of stars.
+func (p pattern) matches(s string) bool {
+	if !p.hasStar() {
+		return s == p[0]
+	}
+	first, last := p[0], p[len(p)-1]
+	if len(s) < len(first)+len(last) || !strings.HasPrefix(s, first) || !strings.HasSuffix(s, last) {
+		return false
+	}
+	s = s[len(first) : len(s)-len(last)]
+	for _, text := range p[1 : len(p)-1] {
+		i := strings.Index(s, text)
+		if i < 0 {
+			return false
+		}
+		s = s[i+len(text):]
+	}
+	return true
+}
+
+// expand replaces the placeholders by the claims, in lower case as images are. A
+// star in a claim stays a star, because p was split before. ok is false if a claim
+// is absent or empty.
+func (p pattern) expand(c claims) (expanded pattern, ok bool) {
+	ok = true
+	for _, text := range p {
+		expanded = append(expanded, placeholderRE.ReplaceAllStringFunc(text, func(placeholder string) string {
+			value := c[strings.Trim(placeholder, "{}")]
+			ok = ok && value != ""
+			return lowerASCII(value)
+		}))
+	}
+	return expanded, ok
+}
+
+// lowerASCII leaves other letters alone: strings.ToLower makes a k of U+212A, and
+// a name with it is somebody else's.
 func lowerASCII(s string) string {
 	return strings.Map(func(r rune) rune {
 		if 'A' <= r && r <= 'Z' {

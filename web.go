@@ -150,7 +150,7 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 	if err != nil {
 		return nil, nil, deny(http.StatusUnauthorized, err)
 	}
-	if err := s.policy.admit(c); err != nil {
+	if err := s.policy.checkClaims(c); err != nil {
 		return c, nil, deny(http.StatusForbidden, err)
 	}
 	images, err := readImages(w, r)
@@ -163,7 +163,7 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 			return c, nil, denyWithReason(http.StatusForbidden, err)
 		}
 	}
-	if err := s.policy.allow(c, images); err != nil {
+	if err := s.policy.checkImages(c, images); err != nil {
 		return c, nil, denyWithReason(http.StatusForbidden, err)
 	}
 	requestedAt, subscribers, err := s.publish(r.Context(), images)

@@ -1,0 +1,404 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"maps"
+	"math/big"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+)
+
+// inBubble runs the verifier in a synctest bubble, whose clock begins in 2000.
+// accepts says whether it accepts a token that is made now.
+func inBubble(t *testing.T, issuer *testIssuer, test func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer)) {
+	synctest.Test(t, func(t *testing.T) {
+		issuer.now = time.Now
+		log := new(bytes.Buffer)
+		v := newVerifier(issuer.URL, testAudience, issuer.offline(), slog.New(slog.NewTextHandler(log, nil)), time.Now)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { v.run(ctx); close(done) }()
+		t.Cleanup(func() { cancel(); <-done })
+		synctest.Wait()
+		test(t, v, func() error {
+			_, err := v.verify(issuer.token(t, issuer.claims()))
+			return err
+		}, log)
+	})
+}
+
+// pass lets time go by in a bubble.
+func pass(d time.Duration) {
+	time.Sleep(d)
+	synctest.Wait()
+}
+
+// forgedToken has a kid that the issuer never published.
+func forgedToken(t *testing.T, issuer *testIssuer, kid string) string {
+	h := issuer.header()
+	h["kid"] = kid
+	return b64(jsonBytes(t, h)) + ".e30.AAAA"
+}
+
+func TestKeysAreRefreshed(t *testing.T) {
+	issuer := newTestIssuer(t)
+	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
+		if err := v.ready(); err != nil {
+			t.Fatal(err)
+		}
+		// A bad signature under a known kid fetches nothing.
+		good := issuer.token(t, issuer.claims())
+		if _, err := v.verify(good[:strings.LastIndexByte(good, '.')] + ".AAAA"); err == nil || !strings.Contains(err.Error(), "signature:") {
+			t.Fatal(err)
+		}
+		for _, step := range []struct {
+			after time.Duration
+			want  int64
+		}{{0, 1}, {9*time.Minute - 1, 1}, {2 * time.Minute, 2}} {
+			pass(step.after)
+			if n := issuer.jwksFetches.Load(); n != step.want {
+				t.Errorf("%d fetches after another %s, expected %d", n, step.after, step.want)
+			}
+		}
+		if got := strings.Count(log.String(), "level=INFO"); got != 1 {
+			t.Errorf("%d lines for keys that did not change:\n%s", got, log)
+		}
+	})
+}
+
+// TestUnknownKids: a flood of forged kids makes one fetch each 30 s, and valid
+// tokens pass throughout.
+func TestUnknownKids(t *testing.T) {
+	issuer := newTestIssuer(t)
+	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
+		start := time.Now()
+		flood := func(from, to time.Duration, want int64) {
+			t.Helper()
+			for time.Sleep(time.Until(start.Add(from))); time.Since(start) < to; time.Sleep(time.Second) {
+				token := forgedToken(t, issuer, "forged"+time.Since(start).String())
+				for range 100 {
+					if _, err := v.verify(token); err == nil || !strings.Contains(err.Error(), "header: kid") {
+						t.Fatal(err)
+					}
+				}
+				if err := accepts(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			synctest.Wait()
+			if got := issuer.discoveryFetches.Load(); got != want {
+				t.Errorf("%d fetches after %s, expected %d", got, to, want)
+			}
+		}
+		flood(0, 29*time.Second, 1)
+		flood(29*time.Second, 59*time.Second, 2)
+		flood(59*time.Second, 89*time.Second, 3)
+		flood(200*time.Second, 210*time.Second, 4+1) // one is left over from the first flood
+		// With the issuer down it is tried every 30 s, flood or not.
+		issuer.down.Store(true)
+		flood(300*time.Second, 330*time.Second, 5+4)
+	})
+}
+
+func TestIssuerDownAtStart(t *testing.T) {
+	issuer := newTestIssuer(t)
+	issuer.down.Store(true)
+	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
+		if err := accepts(); !errors.Is(err, errNoKeys) || !errors.Is(v.ready(), errNoKeys) {
+			t.Errorf("verify: %v; ready: %v", err, v.ready())
+		}
+		if _, err := v.verify("x"); err == nil || errors.Is(err, errNoKeys) { // stays a denial
+			t.Errorf("verify: %v", err)
+		}
+		pass(10 * time.Second)
+		if n := issuer.discoveryFetches.Load(); n < 4 || n > 5 { // after about 0, 1, 3, 7 s
+			t.Errorf("%d attempts in 10 s", n)
+		}
+		pass(5 * time.Minute)
+		if n := issuer.discoveryFetches.Load(); n < 10 || n > 20 {
+			t.Errorf("%d attempts in 5 minutes", n)
+		}
+		if !strings.Contains(log.String(), "status 503 Service Unavailable") {
+			t.Errorf("the log does not say why:\n%s", log)
+		}
+		issuer.down.Store(false)
+		pass(33 * time.Second)
+		if err := accepts(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestIssuerDownLater(t *testing.T) {
+	issuer := newTestIssuer(t)
+	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
+		issuer.down.Store(true)
+		time.Sleep(keyGrace)
+		if err := errors.Join(accepts(), v.ready()); err != nil {
+			t.Errorf("after a day: %v", err)
+		}
+		time.Sleep(time.Second)
+		if err := accepts(); !errors.Is(err, errNoKeys) || !errors.Is(v.ready(), errNoKeys) {
+			t.Errorf("after more than a day: %v; ready: %v", err, v.ready())
+		}
+		issuer.down.Store(false)
+		pass(keyFetchGap)
+		if err := accepts(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestIssuerHangs: a fetch that gets no answer ends, and nobody waits for it.
+func TestIssuerHangs(t *testing.T) {
+	issuer := newTestIssuer(t)
+	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
+		issuer.hang.Store(true)
+		time.Sleep(11 * time.Minute)
+		before := time.Now()
+		if _, err := v.verify(forgedToken(t, issuer, "forged")); err == nil {
+			t.Error("accepted")
+		}
+		if err := accepts(); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(before); took != 0 {
+			t.Errorf("verify waited %s", took)
+		}
+		pass(keyFetchTimeout)
+		if !strings.Contains(log.String(), "context deadline exceeded") {
+			t.Errorf("no timeout:\n%s", log)
+		}
+	})
+}
+
+func TestRotation(t *testing.T) {
+	issuer := newTestIssuer(t)
+	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
+		// As GitHub does it: published first, used later. Nobody is denied.
+		issuer.announce()
+		pass(11 * time.Minute)
+		_, old := v.verify(issuer.token(t, issuer.claims()))
+		issuer.rotate()
+		if err := errors.Join(old, accepts()); err != nil {
+			t.Errorf("announced: %v", err)
+		}
+		// Used unannounced: denied until the fetch that this causes.
+		time.Sleep(keyFetchGap)
+		issuer.rotate()
+		if accepts() == nil {
+			t.Error("unannounced key accepted before it was fetched")
+		}
+		pass(keyFetchGap)
+		fresh := issuer.token(t, issuer.claims())
+		if _, err := v.verify(fresh); err != nil {
+			t.Errorf("unannounced: %v", err)
+		}
+		// No longer published: no longer accepted.
+		issuer.announce()
+		issuer.rotate()
+		issuer.revoke()
+		pass(11 * time.Minute)
+		if _, err := v.verify(fresh); err == nil || !strings.Contains(err.Error(), "is none of the issuer's 1 keys") {
+			t.Errorf("revoked: %v", err)
+		}
+	})
+}
+
+// TestRefresh: what the issuer may answer, and that no bad answer replaces the
+// keys.
+func TestRefresh(t *testing.T) {
+	issuer := newTestIssuer(t)
+	body := func(s string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, s) }
+	}
+	discovery := func(issuer, jwksURI string) http.HandlerFunc {
+		return body(string(jsonBytes(t, map[string]any{"issuer": issuer, "jwks_uri": jwksURI})))
+	}
+	redirect := func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, issuer.URL+"/.well-known/jwks?elsewhere", http.StatusFound)
+	}
+	jwks := func(keys ...any) http.HandlerFunc {
+		return body(string(jsonBytes(t, map[string]any{"keys": keys})))
+	}
+	public := &testKeys()[0].PublicKey
+	key := func(changes map[string]any) any {
+		k := publicKey("other", public)
+		maps.Copy(k, changes)
+		maps.DeleteFunc(k, func(_ string, v any) bool { return v == nil })
+		return k
+	}
+	modulus := func(bits uint, low int64) string {
+		n := new(big.Int).Lsh(big.NewInt(1), bits-1)
+		return b64(n.Add(n, big.NewInt(low)).Bytes())
+	}
+	small, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keysAt := issuer.URL + "/.well-known/jwks"
+	// go-jose's own limit is a variable; ours holds without it.
+	defer func(limit int) { jose.MaxRSAModulusBits = limit }(jose.MaxRSAModulusBits)
+	jose.MaxRSAModulusBits = 16384
+
+	for _, test := range []struct {
+		name            string
+		discovery, jwks http.HandlerFunc
+		want            []string // kids
+		err             string
+	}{
+		{name: "GitHub's", want: []string{issuer.signing.kid}},
+		{name: "other issuer", discovery: discovery("https://evil.example", keysAt), err: "issuer is https://evil.example, expected "},
+		{name: "issuer with a slash", discovery: discovery(issuer.URL+"/", keysAt), err: "issuer is "},
+		{name: "no issuer", discovery: body(`{"jwks_uri":"` + keysAt + `"}`), err: "issuer is , expected "},
+		{name: "Issuer", discovery: body(`{"Issuer":"` + issuer.URL + `","jwks_uri":"` + keysAt + `"}`), err: "issuer is , expected "},
+		{name: "jwks_uri over http", discovery: discovery(issuer.URL, "http://"+strings.TrimPrefix(keysAt, "https://")), err: "expected an https URL"},
+		{name: "jwks_uri missing", discovery: discovery(issuer.URL, ""), err: "expected an https URL"},
+		{name: "jwks_uri without a host", discovery: discovery(issuer.URL, "https:///jwks"), err: "expected an https URL"},
+		{name: "jwks_uri of a file", discovery: discovery(issuer.URL, "file:///etc/passwd"), err: "expected an https URL"},
+		{name: "jwks_uri unparsable", discovery: discovery(issuer.URL, "https://%zz/"), err: "expected an https URL"},
+		{name: "discovery is HTML", discovery: body("<html>"), err: "/.well-known/openid-configuration: "},
+		{name: "discovery redirects", discovery: redirect, err: "status 302 Found"},
+		{name: "discovery is huge", discovery: body(`{"issuer":"` + strings.Repeat("x", maxKeyDocument) + `"}`), err: "unexpected EOF"},
+		{name: "JWKS redirects", jwks: redirect, err: "status 302 Found"},
+		{name: "JWKS is missing", jwks: http.NotFound, err: "status 404 Not Found"},
+		{name: "JWKS is huge", jwks: body(`{"keys":[],"x":"` + strings.Repeat("x", maxKeyDocument) + `"}`), err: "unexpected EOF"},
+		{name: "JWKS is no JSON", jwks: body("{"), err: "/.well-known/jwks: "},
+		{name: "JWKS is null", jwks: body("null"), err: "none of 0 keys is usable"},
+		{name: "JWKS without keys", jwks: body("{}"), err: "none of 0 keys is usable"},
+		{name: "JWKS with Keys", jwks: body(`{"Keys":[` + string(jsonBytes(t, key(nil))) + `]}`), err: "none of 0 keys is usable"},
+		{name: "keys is empty", jwks: jwks(), err: "none of 0 keys is usable"},
+		{name: "keys is an object", jwks: body(`{"keys":{}}`), err: "/.well-known/jwks: "},
+		{name: "garbage around a good key", jwks: jwks(
+			nil, 1, "x", []any{}, map[string]any{}, map[string]any{"kty": "XX", "kid": "xx"},
+			map[string]any{"kty": "oct", "kid": "symmetric", "k": "c2VjcmV0"},
+			map[string]any{"kty": "RSA", "kid": "no modulus", "e": "AQAB"},
+			map[string]any{"kty": "EC", "kid": "ec", "crv": "P-256", "x": "x", "y": "y"},
+			map[string]any{"kty": "OKP", "kid": "ed", "crv": "Ed25519", "x": b64(make([]byte, 32))},
+			key(nil), key(map[string]any{"kid": 7})), want: []string{"other"}},
+		{name: "use and alg absent", jwks: jwks(key(map[string]any{"use": nil, "alg": nil})), want: []string{"other"}},
+		{name: "4096 bits", jwks: jwks(key(map[string]any{"n": modulus(4096, 1)})), want: []string{"other"}},
+		{name: "for encryption", jwks: jwks(key(map[string]any{"use": "enc"})), err: "none of 1 keys is usable"},
+		{name: "for RS384", jwks: jwks(key(map[string]any{"alg": "RS384"})), err: "none of 1 keys is usable"},
+		{name: "for PS256", jwks: jwks(key(map[string]any{"alg": "PS256"})), err: "none of 1 keys is usable"},
+		{name: "kid missing", jwks: jwks(key(map[string]any{"kid": nil})), err: "none of 1 keys is usable"},
+		{name: "1024 bits", jwks: jwks(publicKey("small", &small.PublicKey)), err: "none of 1 keys is usable"},
+		{name: "2047 bits", jwks: jwks(key(map[string]any{"n": modulus(2047, 1)})), err: "none of 1 keys is usable"},
+		{name: "4097 bits", jwks: jwks(key(map[string]any{"n": modulus(4097, 1)})), err: "none of 1 keys is usable"},
+		{name: "even modulus", jwks: jwks(key(map[string]any{"n": modulus(2048, 0)})), err: "none of 1 keys is usable"},
+		{name: "exponent 1", jwks: jwks(key(map[string]any{"e": "AQ"})), err: "none of 1 keys is usable"},
+		{name: "exponent 3", jwks: jwks(key(map[string]any{"e": "Aw"})), err: "none of 1 keys is usable"},
+		{name: "exponent even", jwks: jwks(key(map[string]any{"e": "AQAC"})), err: "none of 1 keys is usable"},
+		{name: "exponent of 33 bits", jwks: jwks(key(map[string]any{"e": "AQAAAAE"})), err: "none of 1 keys is usable"},
+		{name: "a private key", jwks: jwks(key(map[string]any{
+			"d": b64(testKeys()[0].D.Bytes()), "p": b64(testKeys()[0].Primes[0].Bytes()), "q": b64(testKeys()[0].Primes[1].Bytes()),
+		})), err: "none of 1 keys is usable"},
+		{name: "a kid used twice", jwks: jwks(key(nil), key(map[string]any{"n": modulus(4096, 1)})), want: []string{"other"}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			v := newTestVerifier(t, issuer)
+			before := v.keys.Load()
+			if test.discovery != nil {
+				issuer.discovery.Store(&test.discovery)
+			}
+			if test.jwks != nil {
+				issuer.jwks.Store(&test.jwks)
+			}
+			t.Cleanup(func() { issuer.discovery.Store(nil); issuer.jwks.Store(nil) })
+			err := v.refresh(t.Context())
+			if test.err != "" {
+				if err == nil || !strings.Contains(err.Error(), test.err) {
+					t.Errorf("%v, expected %q", err, test.err)
+				}
+				if v.keys.Load() != before {
+					t.Error("the keys were replaced")
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			set := v.keys.Load()
+			if got := slices.Sorted(maps.Keys(set.byID)); !slices.Equal(got, test.want) {
+				t.Errorf("kids %q, expected %q", got, test.want)
+			}
+			if test.name == "a kid used twice" && !set.byID["other"].Equal(public) {
+				t.Error("not the first of two keys with one kid")
+			}
+		})
+	}
+}
+
+// TestEndlessDocument: no more is read than can be used.
+func TestEndlessDocument(t *testing.T) {
+	pr, pw := io.Pipe()
+	written := 0
+	go func() {
+		for err := error(nil); err == nil; {
+			var n int
+			n, err = io.WriteString(pw, `"`[:min(1, max(0, 1-written))]+strings.Repeat("x", 1<<16))
+			written += n
+		}
+	}()
+	client := &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+		return &http.Response{StatusCode: http.StatusOK, Body: pr}, nil
+	})}
+	v := newVerifier("https://issuer.example", testAudience, client, slog.New(slog.DiscardHandler), time.Now)
+	if err := v.refresh(t.Context()); err == nil || !strings.Contains(err.Error(), "unexpected EOF") {
+		t.Error(err)
+	}
+}
+
+// TestIssuerWithPath: enterprise slugs and GHES have one, GitHub's slug points
+// at the root's JWKS, and a final slash counts in iss but not in the address.
+func TestIssuerWithPath(t *testing.T) {
+	issuer := newTestIssuer(t)
+	for _, path := range []string{"/acme", "/_services/token", "/acme/", "/"} {
+		t.Run(path, func(t *testing.T) {
+			var asked []string
+			client := &http.Client{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+				asked = append(asked, req.URL.Path)
+				if req.URL.Path != "/.well-known/jwks" {
+					req.URL.Path = "/.well-known/openid-configuration"
+				}
+				return offline{issuer}.RoundTrip(req)
+			})}
+			url := issuer.URL + path
+			document := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				json.NewEncoder(w).Encode(map[string]any{"issuer": url, "jwks_uri": issuer.URL + "/.well-known/jwks"})
+			})
+			issuer.discovery.Store(&document)
+			v := newVerifier(url, testAudience, client, slog.New(slog.DiscardHandler), issuer.now)
+			if err := v.refresh(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			want := []string{strings.TrimSuffix(path, "/") + "/.well-known/openid-configuration", "/.well-known/jwks"}
+			if !slices.Equal(asked, want) {
+				t.Errorf("asked for %q, expected %q", asked, want)
+			}
+			if _, err := v.verify(issuer.token(t, issuer.claimsWith(map[string]any{"iss": url}))); err != nil {
+				t.Error(err)
+			}
+			if _, err := v.verify(issuer.token(t, issuer.claims())); err == nil {
+				t.Error("accepted another issuer's token")
+			}
+		})
+	}
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
