@@ -47,8 +47,7 @@ const (
 	updatedTolerance = 10 * time.Second
 )
 
-// deployment is an entry of the cache: what the worker keeps of a Deployment. It
-// never changes once it is in the cache; a newer one replaces it.
+// deployment is an entry of the cache. It never changes; a newer one replaces it.
 type deployment struct {
 	namespace, name string
 	uid             types.UID
@@ -59,28 +58,24 @@ type deployment struct {
 	paused          bool
 	restartedAt     string // the pod template's annotation
 	images          []usedImage
-	// restarted is the newest restart that this worker made or saw. It outlives
-	// the annotation, which a GitOps tool may remove.
-	restarted restart
+	restarted       restart // the newest that was made or seen; GitOps tools remove the annotation
 }
 
-// restart is a value of restartedAt, and since when it stands on the worker's
-// clock; zero if that is unknown, as after a list.
+// restart is a value of restartedAt.
 type restart struct {
 	at    string
-	since time.Time
+	since time.Time // on the worker's clock; zero if unknown, as after a list
 }
 
 // usedImage is an image that a pod template names, once however often it does.
 type usedImage struct {
-	ref    string // canonical
-	pinned bool   // each use has a digest
-	// pullPolicy is a policy among the uses that lets a node keep a cached image.
-	pullPolicy string
-	// cachedAt is when the cache first had this image here, on the worker's clock.
+	ref        string // canonical
+	pinned     bool   // each use has a digest
+	pullPolicy string // one that lets nodes keep a cached image, if a use has one
+	// cachedAt is when the cache first had the image here, on the worker's clock.
 	cachedAt time.Time
 	// addedAt is when the Deployment was created with the image or set to it, on
-	// the API server's clock and less the tolerance: earlier requests are older.
+	// the API server's clock and less the tolerance.
 	addedAt time.Time
 }
 
@@ -144,9 +139,9 @@ func newDeployment(u *unstructured.Unstructured) *deployment {
 	return d
 }
 
-// inherit completes an entry with what only the cache knows. previous is the entry
-// that it replaces, nil if there is none; seen is when a restart that is new in it
-// was seen. It reports whether the worker has to look at the Deployment.
+// inherit completes an entry with what the cache knows from the one it replaces,
+// nil if there is none. seen is when a restart that is new in it was seen. It
+// reports whether the worker has to look at the Deployment.
 func (d *deployment) inherit(previous *deployment, now, seen time.Time) (look bool) {
 	if previous == nil || previous.uid != d.uid {
 		for i := range d.images {
@@ -256,10 +251,7 @@ func (c *deploymentCache) get(key string) *deployment {
 
 // running returns the Deployments whose pod template names the image.
 func (c *deploymentCache) running(ref string) []*deployment {
-	entries, err := c.store.ByIndex(imageIndex, ref)
-	if err != nil {
-		panic(err) // there is such an index
-	}
+	entries, _ := c.store.ByIndex(imageIndex, ref) // fails only without the index
 	ds := make([]*deployment, 0, len(entries))
 	for _, entry := range entries {
 		ds = append(ds, entry.(*deployment))
@@ -267,12 +259,13 @@ func (c *deploymentCache) running(ref string) []*deployment {
 	return ds
 }
 
-// put stores what a list or a watch brought. An answer of the API server to the
-// worker itself may already have brought a newer version.
-func (c *deploymentCache) put(d *deployment, seen time.Time) {
+// put stores a version of a Deployment unless the cache has a newer one: what the
+// API server answers to the worker itself may be ahead of the watch. Such an
+// answer adds nothing, because the watch may have shown already that it is gone.
+func (c *deploymentCache) put(d *deployment, seen time.Time, answer bool) {
 	c.mu.Lock()
 	previous := c.get(d.key())
-	if previous != nil && previous.uid == d.uid && previous.newerThan(d) {
+	if answer && previous == nil || previous != nil && previous.uid == d.uid && previous.newerThan(d) {
 		c.mu.Unlock()
 		return
 	}
@@ -284,19 +277,6 @@ func (c *deploymentCache) put(d *deployment, seen time.Time) {
 	}
 }
 
-// refresh completes an entry that the API server answered to the worker, and
-// stores it if it replaces an older one: the watch may be far behind. It adds
-// nothing, because the watch may already have shown that the Deployment is gone.
-func (c *deploymentCache) refresh(d *deployment) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	previous := c.get(d.key())
-	d.inherit(previous, c.now(), c.now())
-	if previous != nil && previous.uid == d.uid && d.newerThan(previous) {
-		c.store.Update(d.key(), d)
-	}
-}
-
 // newerThan compares versions of one Deployment. Versions that are not the numbers
 // that Kubernetes documents count as equal.
 // https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
@@ -305,17 +285,16 @@ func (d *deployment) newerThan(other *deployment) bool {
 	return err == nil && order > 0
 }
 
-// fetch reads the present version of a Deployment, nil if there is none. It lists,
-// since the worker has no right to get.
-func (c *deploymentCache) fetch(ctx context.Context, namespace, name string) (*deployment, error) {
-	list, err := c.client.Resource(deploymentsResource).Namespace(namespace).
-		List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + name, LabelSelector: c.selector})
+// fetch returns the present version of a Deployment, nil if there is none. It
+// lists, because the worker has no right to get.
+func (c *deploymentCache) fetch(ctx context.Context, d *deployment) (*deployment, error) {
+	list, err := c.client.Resource(deploymentsResource).Namespace(d.namespace).
+		List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + d.name, LabelSelector: c.selector})
 	if err != nil || len(list.Items) == 0 {
 		return nil, err
 	}
-	d := newDeployment(&list.Items[0])
-	c.refresh(d)
-	return d, nil
+	c.put(newDeployment(&list.Items[0]), c.now(), true)
+	return c.get(d.key()), nil
 }
 
 // scope is what one reflector lists, watches and stores: all namespaces, or one.
@@ -425,7 +404,7 @@ func (s *scope) checkForbidden(verb string, err error) error {
 func (s *scope) Add(object any) error { return s.Update(object) }
 
 func (s *scope) Update(object any) error {
-	s.cache.put(newDeployment(object.(*unstructured.Unstructured)), s.cache.now())
+	s.cache.put(newDeployment(object.(*unstructured.Unstructured)), s.cache.now(), false)
 	return nil
 }
 
@@ -443,7 +422,7 @@ func (s *scope) Replace(items []any, _ string) error {
 	for _, item := range items {
 		d := item.(*deployment) // made by list
 		listed[d.key()] = true
-		c.put(d, time.Time{})
+		c.put(d, time.Time{}, false)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -183,7 +183,8 @@ func (w *worker) requestCatchUp() {
 }
 
 // catchUpLoop reads the ledger after each confirmed subscription and after each
-// catchUpInterval, until ctx is done.
+// catchUpInterval, until ctx is done. It retries, because a Valkey that has just
+// started confirms subscriptions while reads still answer LOADING.
 func (w *worker) catchUpLoop(ctx context.Context) {
 	tick := time.NewTicker(catchUpInterval)
 	defer tick.Stop()
@@ -195,16 +196,13 @@ func (w *worker) catchUpLoop(ctx context.Context) {
 		case <-tick.C:
 		}
 		err := w.catchUp(ctx)
-		for err != nil && ctx.Err() == nil {
-			if w.caughtUp.set(err) {
+		if changed := w.caughtUp.set(err); err != nil && ctx.Err() == nil {
+			if changed {
 				w.log.Warn("catch-up failed, trying again", "err", err)
 			}
-			// A Valkey that has just started confirms subscriptions while reads
-			// still answer LOADING.
 			sleep(ctx, valkeyRetryDelay)
-			err = w.catchUp(ctx)
+			w.requestCatchUp()
 		}
-		w.caughtUp.set(nil)
 	}
 }
 
@@ -272,18 +270,16 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	// A patch on its way when the worker is stopped is finished.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
 	defer cancel()
-	first := w.backoff.NumRequeues(key) == 0
-	for {
+	for versioned := w.backoff.NumRequeues(key) == 0; ; versioned = false {
 		next := w.decide(d)
 		if next.verdict != due {
 			w.conclude(d, next)
 			return
 		}
-		err := w.patch(ctx, d, next.request.at, first)
-		if first && outdated(err) {
-			first = false
-			present, fetchErr := w.cache.fetch(ctx, d.namespace, d.name)
-			if fetchErr == nil && present == nil { // deleted
+		err := w.patch(ctx, d, next.request.at, versioned)
+		if versioned && outdated(err) {
+			present, fetchErr := w.cache.fetch(ctx, d)
+			if fetchErr == nil && present == nil {
 				w.done(key)
 				return
 			}
@@ -464,7 +460,7 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned b
 		return err
 	}
 	patched := newDeployment(answer)
-	w.cache.refresh(patched)
+	w.cache.put(patched, w.now(), true)
 	if patched.restartedAt != restartedAt {
 		return errNoEffect
 	}
