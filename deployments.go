@@ -109,7 +109,7 @@ func newDeployment(u *unstructured.Unstructured) *deployment {
 		created:         u.GetCreationTimestamp().Time,
 		deleting:        u.GetDeletionTimestamp() != nil,
 	}
-	for entry := range children(child(u.Object, "metadata"), "managedFields") {
+	for _, entry := range children(child(u.Object, "metadata"), "managedFields") {
 		subresource, _ := entry["subresource"].(string)
 		text, _ := entry["time"].(string)
 		if at, err := time.Parse(time.RFC3339, text); err == nil && subresource == "" && at.After(d.updated) {
@@ -121,19 +121,19 @@ func newDeployment(u *unstructured.Unstructured) *deployment {
 	template := child(spec, "template")
 	d.restartedAt, _ = child(child(template, "metadata"), "annotations")[restartedAtAnnotation].(string)
 	d.restarted.at = d.restartedAt
-	for image, pullPolicy := range podImages(child(template, "spec")) {
-		ref, pinned, ok := parseContainerImage(image)
+	for _, use := range podImages(child(template, "spec")) {
+		ref, pinned, ok := parseContainerImage(use.image)
 		if !ok {
 			continue
 		}
-		used := d.image(ref)
-		if used == nil {
+		image := d.image(ref)
+		if image == nil {
 			d.images = append(d.images, usedImage{ref: ref, pinned: true})
-			used = &d.images[len(d.images)-1]
+			image = &d.images[len(d.images)-1]
 		}
-		used.pinned = used.pinned && pinned
-		if !pinned && pullPolicy != "Always" && used.pullPolicy == "" {
-			used.pullPolicy = pullPolicy
+		image.pinned = image.pinned && pinned
+		if !pinned && use.pullPolicy != "Always" {
+			image.pullPolicy = use.pullPolicy
 		}
 	}
 	return d

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
 	"regexp"
 	"slices"
 	"strings"
@@ -166,29 +165,27 @@ func parseContainerImage(image string) (ref string, pinned, ok bool) {
 	return named.Name() + ":" + tagged.Tag(), pinned, true
 }
 
-// podImages yields each image that a pod spec names, with its pull policy. It walks
-// the maps, because apimachinery's Nested functions copy what they return.
-func podImages(pod map[string]any) iter.Seq2[string, string] {
-	return func(yield func(image, pullPolicy string) bool) {
-		text := func(m map[string]any, name string) string {
-			s, _ := m[name].(string)
-			return s
-		}
-		for _, field := range []string{"initContainers", "containers"} {
-			for container := range children(pod, field) {
-				if !yield(text(container, "image"), text(container, "imagePullPolicy")) {
-					return
-				}
-			}
-		}
-		for volume := range children(pod, "volumes") {
-			// https://kubernetes.io/docs/concepts/storage/volumes/#image
-			source := child(volume, "image")
-			if !yield(text(source, "reference"), text(source, "pullPolicy")) {
-				return
-			}
+// imageUse is an image field of a pod template with its pull policy.
+type imageUse struct{ image, pullPolicy string }
+
+// podImages returns the images that a pod spec names. It walks the maps, because
+// apimachinery's Nested functions copy what they return.
+func podImages(pod map[string]any) (uses []imageUse) {
+	text := func(m map[string]any, name string) string {
+		s, _ := m[name].(string)
+		return s
+	}
+	for _, field := range []string{"initContainers", "containers"} {
+		for _, container := range children(pod, field) {
+			uses = append(uses, imageUse{text(container, "image"), text(container, "imagePullPolicy")})
 		}
 	}
+	for _, volume := range children(pod, "volumes") {
+		// https://kubernetes.io/docs/concepts/storage/volumes/#image
+		source := child(volume, "image")
+		uses = append(uses, imageUse{text(source, "reference"), text(source, "pullPolicy")})
+	}
+	return uses
 }
 
 // child returns an object within an object, nil if it is not there.
@@ -197,16 +194,15 @@ func child(m map[string]any, name string) map[string]any {
 	return c
 }
 
-// children yields the objects of a list within an object.
-func children(m map[string]any, name string) iter.Seq[map[string]any] {
-	return func(yield func(map[string]any) bool) {
-		list, _ := m[name].([]any)
-		for _, item := range list {
-			if object, ok := item.(map[string]any); ok && !yield(object) {
-				return
-			}
+// children returns the objects of a list within an object.
+func children(m map[string]any, name string) (objects []map[string]any) {
+	list, _ := m[name].([]any)
+	for _, item := range list {
+		if object, ok := item.(map[string]any); ok {
+			objects = append(objects, object)
 		}
 	}
+	return objects
 }
 
 // imagePrefixes is ALLOWED_IMAGE_PREFIX.
@@ -221,14 +217,12 @@ func parseImagePrefixes(list string) (imagePrefixes, error) {
 	for item := range strings.SplitSeq(list, ",") {
 		prefix := strings.TrimSuffix(strings.TrimSpace(item), "/")
 		host, _, _ := strings.Cut(prefix, "/")
-		if !strings.Contains(host, ".") && !portRE.MatchString(host) && host != "localhost" {
-			return nil, errors.New("expected image prefixes that begin with the registry's host, such as ghcr.io/acme")
-		}
+		isHost := strings.Contains(host, ".") || portRE.MatchString(host) || host == "localhost"
 		// Completed to a reference and parsed, the prefix gets the same
 		// canonical form as the images that it is compared with.
 		named, err := reference.ParseNormalizedNamed(prefix + "/x/y")
-		if err != nil || !reference.IsNameOnly(named) {
-			return nil, errors.New("expected image prefixes in lower case without tag, such as ghcr.io/acme")
+		if !isHost || err != nil || !reference.IsNameOnly(named) {
+			return nil, errors.New("expected image prefixes that begin with the registry's host, in lower case and without a tag, such as ghcr.io/acme")
 		}
 		prefixes = append(prefixes, strings.TrimSuffix(named.Name(), "/x/y"))
 	}

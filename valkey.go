@@ -23,30 +23,21 @@ import (
 // the fast path; the ledger is what a 202 promises.
 
 const (
-	// ledgerAge is how long a request stays in the ledger at least, and the
-	// longest WORKER_CATCH_UP. A T further ahead of Valkey's clock was left by a
-	// clock that was wrong.
+	// ledgerAge is how long a request stays in the ledger at least. A T further
+	// ahead of Valkey's clock was left by a clock that was wrong.
 	ledgerAge = 24 * time.Hour
 
-	// maxLedger bounds the images in the ledger, for the memory that k8s/ gives
-	// to Valkey and the workers. What would exceed it is refused, so that nobody
-	// can push out what was accepted from others.
-	maxLedger = 20_000
+	// maxLedger bounds the images in the ledger, for the memory of Valkey and the
+	// workers. More are refused, so that nobody pushes out what others requested.
+	maxLedger  = 20_000
+	ledgerPage = 1_000 // entries that the worker reads at once
 
-	// ledgerPage is how many entries the worker reads at once.
-	ledgerPage = 1_000
+	publishTimeout   = 2500 * time.Millisecond // then a job is told to try again
+	valkeyRetryDelay = 250 * time.Millisecond  // of the worker
 
-	// publishTimeout bounds how long a job waits for Valkey before it is told to
-	// try again.
-	publishTimeout = 2500 * time.Millisecond
-
-	// maxPublishing is how many scripts web keeps in flight. It stays well below
-	// the 1,024 slots of valkey-go's ring, because a command that waits for a slot
-	// ignores its context.
+	// maxPublishing bounds the scripts in flight, well below the 1,024 slots of
+	// valkey-go's ring: a command that waits for a slot ignores its context.
 	maxPublishing = 256
-
-	// valkeyRetryDelay is the pause before the worker tries Valkey again.
-	valkeyRetryDelay = 250 * time.Millisecond
 )
 
 // publishScript writes the images ARGV[2..] to the ledger KEYS[1] and publishes
@@ -91,7 +82,6 @@ end
 return {at, subscribers}
 `, ledgerAge.Microseconds(), maxLedger))
 
-// errBusy is a publish refused because too many are in flight.
 var errBusy = errors.New("too many requests in flight to valkey")
 
 // publisher is web's side of Valkey.
@@ -105,19 +95,16 @@ type publisher struct {
 // newPublisher works without a reachable Valkey: the client connects when it is
 // used. An error is a configuration that can never work.
 func newPublisher(cfg valkeyConfig, log *slog.Logger) (*publisher, error) {
-	client, err := newValkeyClient(cfg, log, func(o *valkey.ClientOption) {
-		o.RingScaleEachConn = 10
-		o.DisableRetry = true // a script may have run although its answer was lost
-	})
+	client, err := newValkeyClient(cfg, log)
 	if err != nil {
 		return nil, err
 	}
 	return &publisher{client, cfg.Channel, publishTimeout, make(chan struct{}, maxPublishing)}, nil
 }
 
-// publish records the images in the ledger and publishes them; all or none. It
-// returns T in microseconds and how many subscribers received the message. After
-// an error the images may be recorded nevertheless, if only the answer was lost.
+// publish runs publishScript. It returns T in microseconds and the number of
+// subscribers that received the message. After an error the images may be in the
+// ledger nevertheless, if only the answer was lost.
 func (p *publisher) publish(ctx context.Context, images []string) (requestedAt, subscribers int64, err error) {
 	select {
 	case p.publishing <- struct{}{}:
@@ -128,20 +115,14 @@ func (p *publisher) publish(ctx context.Context, images []string) (requestedAt, 
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	args := append([]string{p.channel}, images...)
-	reply, err := publishScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, args).ToArray()
-	if err != nil {
-		return 0, 0, valkeyError("recording the request", err)
-	}
-	if len(reply) != 2 {
-		return 0, 0, fmt.Errorf("recording the request: valkey answered %d values instead of 2", len(reply))
-	}
-	if requestedAt, err = reply[0].AsInt64(); err == nil {
-		subscribers, err = reply[1].AsInt64()
+	reply, err := publishScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, args).AsIntSlice()
+	if err == nil && len(reply) != 2 {
+		err = fmt.Errorf("%d values instead of 2", len(reply))
 	}
 	if err != nil {
-		return 0, 0, fmt.Errorf("recording the request: reading valkey's answer: %w", err)
+		return 0, 0, valkeyError("writing the ledger", err)
 	}
-	return requestedAt, subscribers, nil
+	return reply[0], reply[1], nil
 }
 
 // readyScript fails unless publishScript would work: the user may run all its
@@ -179,15 +160,11 @@ type subscriber struct {
 
 // newSubscriber works without a reachable Valkey, as newPublisher does.
 func newSubscriber(cfg valkeyConfig, log *slog.Logger) (*subscriber, error) {
-	small := func(o *valkey.ClientOption) {
-		o.RingScaleEachConn = 6
-		o.DisableRetry = true // run and the catch-up retry, and log it
-	}
-	messages, err := newValkeyClient(cfg, log, small)
+	messages, err := newValkeyClient(cfg, log)
 	if err != nil {
 		return nil, err
 	}
-	reader, err := newValkeyClient(cfg, log, small)
+	reader, err := newValkeyClient(cfg, log)
 	if err != nil {
 		messages.Close()
 		return nil, err
@@ -399,10 +376,10 @@ func (h *health) get() error {
 	return nil
 }
 
-// newValkeyClient returns a client of one connection that notices a dead or
-// silent peer within 5 s: valkey-go pings an idle connection every KeepAlive
-// and waits ConnWriteTimeout for the answer.
-func newValkeyClient(cfg valkeyConfig, log *slog.Logger, adjust func(*valkey.ClientOption)) (valkey.Client, error) {
+// newValkeyClient returns a client of one connection that notices a dead or silent
+// peer within 5 s: valkey-go pings an idle connection every KeepAlive and waits
+// ConnWriteTimeout for the answer.
+func newValkeyClient(cfg valkeyConfig, log *slog.Logger) (valkey.Client, error) {
 	o := valkey.ClientOption{
 		InitAddress:         []string{cfg.Addr},
 		Username:            cfg.Username,
@@ -411,9 +388,11 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger, adjust func(*valkey.Cli
 		ConnWriteTimeout:    2 * time.Second,
 		ReadBufferEachConn:  64 << 10,
 		WriteBufferEachConn: 64 << 10,
+		RingScaleEachConn:   10,
 		PipelineMultiplex:   -1,
 		AlwaysPipelining:    true,
 		ForceSingleClient:   true,
+		DisableRetry:        true, // a script may have run although its answer was lost
 		// These would need rights that the ACL of k8s/ does not grant.
 		DisableCache:  true,
 		ClientSetInfo: valkey.DisableClientSetInfo,
@@ -421,7 +400,6 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger, adjust func(*valkey.Cli
 	if cfg.TLS {
 		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.TLSRoots}
 	}
-	adjust(&o)
 	client, err := valkey.NewClient(o)
 	if client == nil {
 		return nil, fmt.Errorf("connecting to valkey at %s: %w", cfg.Addr, err)

@@ -313,7 +313,7 @@ func TestValkeyAway(t *testing.T) {
 	w := newTestWeb(t, "")
 	w.valkey.Close()
 	resp := w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`)
-	if resp.Header.Get("Retry-After") == "" || !w.logs.has(`"level":"ERROR"`, `"status":503`, "valkey: recording the request") {
+	if resp.Header.Get("Retry-After") == "" || !w.logs.has(`"level":"ERROR"`, `"status":503`, "valkey: writing the ledger") {
 		t.Errorf("%v, or the reason is not logged", resp.Header)
 	}
 	if err := w.valkey.Restart(); err != nil {
