@@ -5,144 +5,76 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
-	"math/big"
 	"net"
 	"net/http"
+	"os"
+	"slices"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/alicebob/miniredis/v2"
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/client-go/dynamic"
-	dynamicfake "k8s.io/client-go/dynamic/fake"
-	"k8s.io/klog/v2"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"kuberollouttrigger/internal/fake"
 )
 
-// The dev subcommand runs the real web and the real worker, with every check
-// on, against stand-ins for GitHub, Valkey and Kubernetes on loopback. It exists
-// only in a build with the tag dev.
+// The dev subcommand runs the real web and the real worker, with every check on,
+// against fakes of GitHub, Valkey and Kubernetes on loopback. It exists only in a
+// build with the tag dev.
 func init() {
 	commands = append(commands, command{"dev", "try it here, without GitHub and without a cluster", runDev})
 }
 
 const devTimeout = 20 * time.Second
 
+type devOptions struct {
+	once                   bool
+	image, repository      string
+	kubeconfig, valkeyAddr string // of the user's own; "" for fakes
+}
+
 func runDev(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	fs := flag.NewFlagSet("dev", flag.ContinueOnError)
-	fs.SetOutput(stdout)
-	once := fs.Bool("once", false, "exit after the first restart: 0 if it happened")
-	image := fs.String("image", "ghcr.io/acme/api:dev", "image that the sample job pushes")
-	repository := fs.String("repository", "acme/api", "repository of the sample job")
-	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
+	o, err := parseDevOptions(args, stdout)
+	if errors.Is(err, flag.ErrHelp) {
 		return nil
 	} else if err != nil {
 		return usageError{err}
-	} else if fs.NArg() > 0 {
-		return usageError{fmt.Errorf("unexpected argument %q; see kuberollouttrigger dev -h", fs.Arg(0))}
 	}
-	ref, err := parseImage(*image)
-	if err != nil {
-		return usageError{fmt.Errorf("--image: %w", err)}
+	if o.kubeconfig != "" {
+		where, err := describeContext(o.kubeconfig)
+		if err != nil {
+			return usageError{fmt.Errorf("--kubeconfig: %w", err)}
+		}
+		fmt.Fprintf(stdout, "This restarts real Deployments that run %s, in %s.\n\n", o.image, where)
 	}
-	owner, name, _ := strings.Cut(*repository, "/")
-	if !ownerRE.MatchString(owner) || name == "" || strings.Contains(name, "/") {
-		return usageError{fmt.Errorf("--repository: %q is not a repository; expected owner/name, such as acme/api", *repository)}
-	}
-
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	issuer, err := newDevIssuer(*repository)
+	n := newNarrator(getenv, stdout, stderr)
+	pair, err := startDevPair(ctx, o, getenv, n, stderr)
 	if err != nil {
 		return err
 	}
-	defer issuer.close()
-
-	env := map[string]string{
-		"LOG_LEVEL":            "warn",
-		"VALKEY_ADDR":          "", // the embedded one
-		"GITHUB_OIDC_AUDIENCE": "kuberollouttrigger-dev",
-		"GITHUB_ALLOWED_ORG":   owner,
-		"ALLOWED_IMAGE_PREFIX": ref[:strings.LastIndex(ref, "/")],
-	}
-	for name := range env {
-		if v := getenv(name); v != "" {
-			env[name] = v
-		}
-	}
-	valkeyIs := "as VALKEY_ADDR says"
-	if env["VALKEY_ADDR"] == "" {
-		embedded := miniredis.NewMiniRedis()
-		if err := embedded.StartAddr("127.0.0.1:0"); err != nil {
-			return fmt.Errorf("starting the embedded Valkey: %w", err)
-		}
-		defer embedded.Close()
-		env["VALKEY_ADDR"], valkeyIs = embedded.Addr(), "embedded"
-	}
-	client, kubernetesIs := devDeployments(ref), "simulated, with a few sample Deployments"
-	if path := getenv("KUBECONFIG"); path != "" {
-		kubernetesIs = "the cluster of " + path
-		if client, err = newKubernetesClient(workerConfig{Kubeconfig: path}); err != nil {
-			return err
-		}
-	}
-	pair, err := startDevPair(ctx, env, getenv, issuer, client, stderr)
+	defer pair.stop()
+	pair.introduce(stdout)
+	restarted, err := pair.story(ctx, stdout)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		cancel()
-		pair.wait()
-	}()
-
-	fmt.Fprint(stdout, "This is the real web and the real worker, with every check on.\nGitHub is played by a local issuer of tokens; everything listens on loopback only.\n\n")
-	tw := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(tw, "  issuer\t%s\n  valkey\t%s, %s\n  kubernetes\t%s\n  web\t%s\n  probes\t%s (web), %s (worker)\n\n",
-		issuer.url, env["VALKEY_ADDR"], valkeyIs, kubernetesIs, pair.webURL, pair.webOps, pair.workerOps)
-	tw.Flush()
-
-	restarted, err := pair.story(ctx, stdout, issuer, client, ref, *repository)
-	if err != nil {
-		return err
+	if o.once && !restarted {
+		return errors.New("nothing was restarted")
 	}
-	if *once {
-		if !restarted {
-			return errors.New("nothing was restarted")
-		}
+	if o.once {
 		return nil
 	}
-	fmt.Fprintf(stdout, `Now you. In another terminal:
-
-  export ACTIONS_ID_TOKEN_REQUEST_URL='%s'
-  export ACTIONS_ID_TOKEN_REQUEST_TOKEN='%s'
-  export AUDIENCE='%s'
-  export ROLLOUT_URL='%s'
-
-  TOKEN=$(curl -sS -H "Authorization: bearer $ACTIONS_ID_TOKEN_REQUEST_TOKEN" \
-    "$ACTIONS_ID_TOKEN_REQUEST_URL&audience=$AUDIENCE" | sed 's/.*"value":"\([^"]*\)".*/\1/')
-  curl -i -H "Authorization: Bearer $TOKEN" -H 'Content-Type: application/json' \
-    -d '{"image":"%s"}' "$ROLLOUT_URL/event"
-
-Stop with Ctrl-C. LOG_LEVEL=info shows the logs of both.
-`, issuer.requestURL, issuer.requestToken, env["GITHUB_OIDC_AUDIENCE"], pair.webURL, ref)
+	pair.invite(stdout)
+	n.flush(true)
 	select {
 	case <-ctx.Done():
 		return nil
@@ -151,78 +83,173 @@ Stop with Ctrl-C. LOG_LEVEL=info shows the logs of both.
 	}
 }
 
-// devPair is a running web and a running worker.
+func parseDevOptions(args []string, stdout io.Writer) (o devOptions, err error) {
+	fs := flag.NewFlagSet("dev", flag.ContinueOnError)
+	fs.SetOutput(stdout)
+	fs.BoolVar(&o.once, "once", false, "exit after the first restart: 0 if it happened")
+	fs.StringVar(&o.image, "image", "ghcr.io/acme/api:dev", "image that the sample job pushes")
+	fs.StringVar(&o.repository, "repository", "acme/api", "repository of the sample job")
+	fs.StringVar(&o.kubeconfig, "kubeconfig", "", "cluster to use instead of the fake one; its Deployments are really restarted")
+	fs.StringVar(&o.valkeyAddr, "valkey-addr", "", "Valkey to use instead of the embedded one")
+	if err := fs.Parse(args); err != nil {
+		return o, err
+	}
+	if fs.NArg() > 0 {
+		return o, fmt.Errorf("unexpected argument %q; see kuberollouttrigger dev -h", fs.Arg(0))
+	}
+	if o.image, err = parseImage(o.image); err != nil {
+		return o, fmt.Errorf("--image: %w", err)
+	}
+	owner, name, _ := strings.Cut(o.repository, "/")
+	if !ownerRE.MatchString(owner) || name == "" || strings.Contains(name, "/") {
+		return o, fmt.Errorf("--repository: %q is not a repository; expected owner/name, such as acme/api", o.repository)
+	}
+	return o, nil
+}
+
+// describeContext names the cluster that a kubeconfig leads to.
+func describeContext(path string) (string, error) {
+	config, err := clientcmd.LoadFromFile(path)
+	if err != nil {
+		return "", err
+	}
+	c := config.Contexts[config.CurrentContext]
+	if c == nil || config.Clusters[c.Cluster] == nil {
+		return "", fmt.Errorf("%s has no current context with a cluster; set one with kubectl config use-context", path)
+	}
+	return fmt.Sprintf("context %s, server %s", config.CurrentContext, config.Clusters[c.Cluster].Server), nil
+}
+
+// devPair is a running web and a running worker, and what they talk to.
 type devPair struct {
+	devOptions
+	issuer                    *fake.Issuer
+	requestURL, requestToken  string              // of the runner's token endpoint
+	kube                      *fake.KubernetesAPI // nil with --kubeconfig
+	audience, valkey          string
 	webURL, webOps, workerOps string
-	audience                  string
-	worker                    workerConfig // without Kubeconfig: on the simulated cluster
-	failed                    chan error
-	running                   chan struct{} // closed when both have returned
+
+	narrator *narrator
+	failed   chan error
+	closers  []func()
 }
 
 // startDevPair starts both through the configuration that they have in
-// production, env before getenv, and waits until both are ready.
-func startDevPair(ctx context.Context, env map[string]string, getenv func(string) string, issuer *devIssuer, client dynamic.Interface, stderr io.Writer) (*devPair, error) {
+// production, and waits until both are ready.
+func startDevPair(ctx context.Context, o devOptions, getenv func(string) string, n *narrator, stderr io.Writer) (p *devPair, err error) {
+	p = &devPair{devOptions: o, issuer: fake.NewIssuer(), narrator: n, failed: make(chan error, 2)}
+	p.issuer.Repository = o.repository
+	p.requestURL, p.requestToken = p.issuer.ServeRunner()
+	p.closers = append(p.closers, p.issuer.Close)
+	defer func() {
+		if err != nil {
+			p.stop()
+		}
+	}()
+	kubeconfig := o.kubeconfig
+	if kubeconfig == "" {
+		if kubeconfig, err = p.startCluster(stderr); err != nil {
+			return nil, err
+		}
+	}
+	p.valkey = o.valkeyAddr
+	if p.valkey == "" {
+		embedded := miniredis.NewMiniRedis()
+		if err := embedded.StartAddr("127.0.0.1:0"); err != nil {
+			return nil, fmt.Errorf("starting the embedded Valkey: %w", err)
+		}
+		p.closers = append(p.closers, embedded.Close)
+		p.valkey = embedded.Addr()
+	}
 	addrs, err := freeAddrs(3)
 	if err != nil {
 		return nil, err
 	}
-	env = maps.Clone(env)
-	env["GITHUB_OIDC_ISSUER"], env["WEB_LISTEN_ADDR"] = issuer.url, addrs[0]
-	vars := func(name string) string {
-		if v, ok := env[name]; ok {
-			return v
-		}
-		return getenv(name)
-	}
-	webCfg, workerCfg := &webConfig{}, &workerConfig{InCluster: true} // the worker is given its client
-	if err := parseConfig("web", webCfg, []string{"--ops-listen-addr", addrs[1]}, vars); err != nil {
+	p.webURL, p.webOps, p.workerOps = "http://"+addrs[0], "http://"+addrs[1], "http://"+addrs[2]
+	env := p.environment(getenv, addrs[0])
+	cfg := &webConfig{}
+	if err := parseConfig("web", cfg, []string{"--ops-listen-addr", addrs[1]}, env); err != nil {
 		return nil, err
 	}
-	if err := parseConfig("worker", workerCfg, []string{"--ops-listen-addr", addrs[2]}, vars); err != nil {
-		return nil, err
-	}
-	log := newLogger(stderr, webCfg.LogLevel)
-	klog.SetSlogLogger(log)
-
-	p := &devPair{
-		webURL: "http://" + addrs[0], webOps: "http://" + addrs[1], workerOps: "http://" + addrs[2],
-		audience: webCfg.Audience, worker: *workerCfg, failed: make(chan error, 2), running: make(chan struct{}),
-	}
-	workerDone := make(chan struct{})
+	p.audience = cfg.Audience
+	ctx, cancel := context.WithCancel(ctx)
+	worker := make(chan struct{})
+	p.closers = append(p.closers, n.mute, func() { <-worker }, cancel)
 	go func() {
-		defer close(workerDone)
-		if err := serveWorker(ctx, workerCfg, client, log.With("mode", "worker")); err != nil {
-			p.failed <- err
-		}
+		defer close(worker)
+		p.failed <- runWorker(ctx, []string{"--ops-listen-addr", addrs[2], "--kubeconfig", kubeconfig}, env, io.Discard, n.log("worker"))
 	}()
-	go func() {
-		defer close(p.running)
-		if err := serveWeb(ctx, webCfg, issuer.client(), log.With("mode", "web")); err != nil {
-			p.failed <- err
-		}
-		<-workerDone
+	go func() { // nobody waits until it stops: it first gives load balancers a second
+		p.failed <- serveWeb(ctx, cfg, p.issuer.Client(), newLogger(n.log("web"), cfg.LogLevel))
 	}()
-	for _, ops := range []string{p.webOps, p.workerOps} {
-		if err := p.awaitReady(ctx, ops); err != nil {
-			return nil, err
-		}
-	}
-	return p, nil
+	return p, errors.Join(p.awaitReady(ctx, p.webOps), p.awaitReady(ctx, p.workerOps))
 }
 
-// wait returns when both have stopped.
-func (p *devPair) wait() { <-p.running }
+// stop ends everything, in the reverse order of its start.
+func (p *devPair) stop() {
+	for _, f := range slices.Backward(p.closers) {
+		f()
+	}
+}
+
+// startCluster makes a fake cluster with a few Deployments, of which some run the
+// image.
+func (p *devPair) startCluster(stderr io.Writer) (kubeconfig string, err error) {
+	p.kube = fake.NewKubernetesAPI(func(format string, args ...any) { fmt.Fprintf(stderr, format+"\n", args...) })
+	p.closers = append(p.closers, p.kube.Close)
+	p.kube.Create("shop/api", fake.Spec{Image: p.image})
+	p.kube.Create("shop/api-migrated-first", fake.Spec{Image: "docker.io/library/nginx:1.29", Init: p.image})
+	p.kube.Create("shop/api-frozen", fake.Spec{Image: p.image, Paused: true})
+	p.kube.Create("shop/storefront", fake.Spec{Image: "ghcr.io/acme/storefront:dev"})
+	dir, err := os.MkdirTemp("", "kuberollouttrigger-dev-")
+	if err != nil {
+		return "", fmt.Errorf("making a directory for the kubeconfig: %w", err)
+	}
+	p.closers = append(p.closers, func() { os.RemoveAll(dir) })
+	return p.kube.Kubeconfig(dir), nil
+}
+
+// environment is the user's, with a default for what is required, and without
+// what concerns another cluster, another Valkey or another issuer.
+func (p *devPair) environment(getenv func(string) string, webAddr string) func(string) string {
+	owner, _, _ := strings.Cut(p.repository, "/")
+	defaults := map[string]string{
+		"GITHUB_OIDC_AUDIENCE": "kuberollouttrigger-dev",
+		"GITHUB_ALLOWED_ORG":   owner,
+		"ALLOWED_IMAGE_PREFIX": p.image[:strings.LastIndex(p.image, "/")],
+	}
+	fixed := map[string]string{
+		"LOG_LEVEL": strings.ToLower(min(p.narrator.level, slog.LevelInfo).String()), "KUBECONFIG": "", "VALKEY_ADDR": p.valkey,
+		"GITHUB_OIDC_ISSUER": p.issuer.URL, "WEB_LISTEN_ADDR": webAddr,
+	}
+	if p.kube != nil {
+		fixed["WORKER_NAMESPACES"], fixed["WORKER_SELECTOR"] = "", ""
+	}
+	return func(name string) string {
+		if value, ok := fixed[name]; ok {
+			return value
+		}
+		if strings.HasPrefix(name, "VALKEY_") && p.valkeyAddr == "" { // such as VALKEY_PASSWORD
+			return ""
+		}
+		if value := getenv(name); value != "" {
+			return value
+		}
+		return defaults[name]
+	}
+}
 
 func (p *devPair) awaitReady(ctx context.Context, ops string) error {
 	ctx, cancel := context.WithTimeout(ctx, devTimeout)
 	defer cancel()
 	why := "no answer"
 	for {
-		if status, body, err := httpDo(ctx, http.MethodGet, ops+"/readyz", nil, nil); err == nil && status == http.StatusOK {
-			return nil
-		} else if err == nil {
-			why = strings.TrimSpace(string(body))
+		if resp, err := http.Get(ops + "/readyz"); err == nil {
+			body, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if why = strings.TrimSpace(string(body)); resp.StatusCode == http.StatusOK {
+				return nil
+			}
 		}
 		select {
 		case err := <-p.failed:
@@ -234,269 +261,235 @@ func (p *devPair) awaitReady(ctx context.Context, ops string) error {
 	}
 }
 
+func (p *devPair) introduce(stdout io.Writer) {
+	kubernetes, valkey := "the cluster of "+p.kubeconfig, "as --valkey-addr says"
+	if p.kube != nil {
+		kubernetes = p.kube.URL + ", fake, with four Deployments"
+	}
+	if p.valkeyAddr == "" {
+		valkey = "embedded"
+	}
+	fmt.Fprint(stdout, "This is the real web and the real worker, with every check on.\nA local issuer of tokens plays GitHub; everything listens on loopback only.\n\n")
+	tw := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(tw, "  issuer\t%s\n  valkey\t%s, %s\n  kubernetes\t%s\n  web\t%s\n  probes\t%s (web), %s (worker)\n\n",
+		p.issuer.URL, p.valkey, valkey, kubernetes, p.webURL, p.webOps, p.workerOps)
+	tw.Flush()
+}
+
 // story sends one event through and tells what happened.
-func (p *devPair) story(ctx context.Context, stdout io.Writer, issuer *devIssuer, client dynamic.Interface, image, repository string) (restarted bool, err error) {
-	fmt.Fprintf(stdout, "1. A job of %s has pushed %s and asks GitHub for a token.\n", repository, image)
-	status, body, err := httpDo(ctx, http.MethodGet, issuer.requestURL+"&audience="+p.audience,
-		http.Header{"Authorization": {"bearer " + issuer.requestToken}}, nil)
-	var token struct{ Value string }
-	if err == nil {
-		err = json.Unmarshal(body, &token)
-	}
-	if err != nil || status != http.StatusOK {
-		return false, fmt.Errorf("asking the local issuer for a token: status %d: %w", status, err)
-	}
-	fmt.Fprintf(stdout, "   It gets one: %d bytes, signed RS256, valid for five minutes.\n", len(token.Value))
+func (p *devPair) story(ctx context.Context, stdout io.Writer) (restarted bool, err error) {
+	fmt.Fprintf(stdout, "1. A job of %s has pushed %s and asks GitHub for a token.\n", p.repository, p.image)
+	token := p.issuer.Token(p.issuer.Claims(time.Now(), map[string]any{"aud": p.audience}))
+	fmt.Fprintf(stdout, "   It gets one: %d bytes, signed RS256, valid for five minutes.\n", len(token))
 
 	start := time.Now()
-	post := fmt.Appendf(nil, `{"image":%q}`, image)
-	status, body, err = httpDo(ctx, http.MethodPost, p.webURL+"/event", http.Header{
-		"Authorization": {"Bearer " + token.Value}, "Content-Type": {"application/json"},
-	}, post)
+	post := fmt.Appendf(nil, `{"image":%q}`, p.image)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.webURL+"/event", bytes.NewReader(post))
 	if err != nil {
 		return false, err
 	}
-	fmt.Fprintf(stdout, "2. It posts %s to web.\n   web answers %d %s", post, status, body)
+	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return false, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return false, err
+	}
+	fmt.Fprintf(stdout, "2. It posts %s to web.\n   web answers %d %s", post, resp.StatusCode, body)
 	var a accepted
-	if err := json.Unmarshal(body, &a); err != nil || status != http.StatusAccepted {
-		return false, fmt.Errorf("web answered %d instead of 202", status)
+	if err := json.Unmarshal(body, &a); err != nil || resp.StatusCode != http.StatusAccepted {
+		p.narrator.flush(false) // the reason
+		return false, fmt.Errorf("web answered %d instead of 202", resp.StatusCode)
 	}
-	fmt.Fprintf(stdout, "   So the request is on record in Valkey, and %d worker heard it at once.\n", a.Subscribers)
-
-	rows, restarted, err := p.outcome(ctx, client, image, a.RequestedAt)
-	if err != nil {
-		return false, err
-	}
+	outcome := "restarted nothing"
+	restarted, complete := p.narrator.await(ctx, a.RequestedAt)
 	if restarted {
-		fmt.Fprintf(stdout, "3. worker restarted what runs it, within %s of the POST:\n", time.Since(start).Round(time.Millisecond))
-	} else {
-		fmt.Fprint(stdout, "3. worker restarted nothing:\n")
+		outcome = "restarted what runs it"
 	}
-	tw := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	for _, row := range rows {
-		fmt.Fprintf(tw, "     %s\n", row)
+	fmt.Fprintf(stdout, "3. The worker %s, within %s of the POST:\n", outcome, time.Since(start).Round(time.Millisecond))
+	p.narrator.flush(false)
+	if !complete {
+		fmt.Fprintln(stdout, "   It is not done yet.")
 	}
-	tw.Flush()
 	fmt.Fprintln(stdout)
 	return restarted, nil
 }
 
-// outcome waits until every Deployment that should restart carries the time of
-// the request, and describes them all; when time is up, as it last saw them. It
-// looks where worker looks, as RBAC may forbid the rest.
-func (p *devPair) outcome(ctx context.Context, client dynamic.Interface, image, requestedAt string) (rows []string, restarted bool, err error) {
+func (p *devPair) invite(stdout io.Writer) {
+	fmt.Fprintf(stdout, `Now you. In another terminal:
+
+  export ACTIONS_ID_TOKEN_REQUEST_URL='%s'
+  export ACTIONS_ID_TOKEN_REQUEST_TOKEN='%s'
+  export AUDIENCE='%s'
+  export ROLLOUT_URL='%s'
+
+  TOKEN=$(curl -sS -H "Authorization: bearer $ACTIONS_ID_TOKEN_REQUEST_TOKEN" \
+    "$ACTIONS_ID_TOKEN_REQUEST_URL&audience=$AUDIENCE" | sed 's/.*"value":"\([^"]*\)".*/\1/')
+  curl -i -H "Authorization: Bearer $TOKEN" -H 'Content-Type: application/json' \
+    -d '{"image":"%s"}' "${ROLLOUT_URL%%/}/event"
+
+Whatever web and the worker do about it appears here. Stop with Ctrl-C.
+LOG_LEVEL=info shows the logs of both.
+
+`, p.requestURL, p.requestToken, p.audience, p.webURL, p.image)
+}
+
+// narrator reads the logs of both. It makes a line for people of what happens to
+// requests, and passes on what else has the user's LOG_LEVEL.
+type narrator struct {
+	level          slog.Level
+	color          bool
+	stdout, stderr io.Writer
+
+	mu   sync.Mutex
+	live bool
+	held []devRecord // from before it is live
+}
+
+func newNarrator(getenv func(string) string, stdout, stderr io.Writer) *narrator {
+	n := &narrator{level: slog.LevelWarn, stdout: stdout, stderr: stderr}
+	n.level.UnmarshalText([]byte(getenv("LOG_LEVEL"))) // what is not a level leaves warn
+	if file, ok := stdout.(*os.File); ok && getenv("NO_COLOR") == "" {
+		info, err := file.Stat()
+		n.color = err == nil && info.Mode()&os.ModeCharDevice != 0
+	}
+	return n
+}
+
+// log takes the log of one process, a JSON line at a time.
+func (n *narrator) log(process string) io.Writer { return processLog{n, process} }
+
+type processLog struct {
+	*narrator
+	process string
+}
+
+// devRecord is what the narration needs of a log line.
+type devRecord struct {
+	Level                                         slog.Level
+	Msg, Reason, Err, Warning                     string
+	Repository, Ref, Image, Namespace, Deployment string
+	EventName                                     string `json:"event_name"`
+	RequestedAt                                   string `json:"requested_at"`
+	Images                                        []string
+	Status, Subscribers, Matched                  int
+
+	process, text string // the line for people
+}
+
+func (l processLog) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var r devRecord
+	if err := json.Unmarshal(line, &r); err != nil {
+		return l.stderr.Write(line)
+	}
+	color, text := r.narrate()
+	if r.Level >= l.level && (text == "" || l.level <= slog.LevelInfo) {
+		l.stderr.Write(line)
+	}
+	if text == "" {
+		return len(line), nil
+	}
+	r.process, r.text = l.process, fmt.Sprintf("   %-8s%s", l.process, strings.Map(printable, text))
+	if l.color && color != 0 {
+		r.text = fmt.Sprintf("\x1b[%dm%s\x1b[0m", color, r.text)
+	}
+	if l.live {
+		fmt.Fprintln(l.stdout, r.text)
+	} else {
+		l.held = append(l.held, r)
+	}
+	return len(line), nil
+}
+
+func printable(r rune) rune {
+	if unicode.IsPrint(r) {
+		return r
+	}
+	return ' '
+}
+
+// narrate returns "" for a line that says nothing about a request.
+func (r devRecord) narrate() (color int, text string) {
+	const red, green, yellow = 31, 32, 33
+	who := "an unauthenticated caller"
+	if r.Repository != "" {
+		who = fmt.Sprintf("%s (%s, %s)", r.Repository, r.EventName, r.Ref)
+	}
+	switch {
+	case r.Msg == "accepted":
+		return green, fmt.Sprintf("accepted %s from %s; workers that heard it: %d", strings.Join(r.Images, ", "), who, r.Subscribers)
+	case r.Msg == "denied":
+		return red, fmt.Sprintf("denied %s with %d: %s", who, r.Status, r.Reason)
+	case r.Msg == "requested":
+		return 0, fmt.Sprintf("%s was requested; Deployments that run it: %d", r.Image, r.Matched)
+	case r.Deployment == "":
+		return 0, ""
+	}
+	text = fmt.Sprintf("%s/%s %s", r.Namespace, r.Deployment, r.Msg)
+	for _, detail := range []string{r.Reason, r.Err, r.Warning} {
+		if detail != "" {
+			text += ": " + detail
+		}
+	}
+	switch r.Msg {
+	case "restarted":
+		return green, text + ", restartedAt is now " + r.RequestedAt
+	case "not restarted":
+		return yellow, text
+	}
+	return red, text
+}
+
+func (n *narrator) mute() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.stdout, n.stderr = io.Discard, io.Discard
+}
+
+// await waits until the worker has dealt with every Deployment that runs the
+// image of a request.
+func (n *narrator) await(ctx context.Context, requestedAt string) (restarted, complete bool) {
 	ctx, cancel := context.WithTimeout(ctx, devTimeout)
 	defer cancel()
-	namespaces := p.worker.Namespaces
-	if len(namespaces) == 0 {
-		namespaces = []string{metav1.NamespaceAll}
-	}
-	simulated, pause := p.worker.Kubeconfig == "", 2*time.Millisecond
-	if !simulated {
-		pause = 200 * time.Millisecond // others use that API server too
-	}
 	for {
-		var items []unstructured.Unstructured
-		for _, namespace := range namespaces {
-			list, err := client.Resource(deploymentsResource).Namespace(namespace).List(ctx, metav1.ListOptions{LabelSelector: p.worker.Selector})
-			if ctx.Err() != nil && rows != nil {
-				return rows, restarted, nil
-			} else if err != nil {
-				return nil, false, fmt.Errorf("looking at the Deployments: %w", err)
-			}
-			items = append(items, list.Items...)
-		}
-		rows, restarted = nil, false
-		waiting, others := false, 0
-		for i := range items {
-			d := newDeployment(&items[i])
-			used := d.image(image)
-			runs := used != nil
-			what := ""
+		matched, outcomes := -1, map[string]bool{}
+		n.mu.Lock()
+		for _, r := range n.held {
 			switch {
-			case !runs && simulated:
-				what = "left alone\truns " + d.images[0].ref
-			case !runs: // a cluster may have thousands
-				others++
-				continue
-			case d.restartedAt == requestedAt:
-				what = "restarted\trestartedAt is now " + d.restartedAt
-				restarted = true
-			case d.paused:
-				what = "left alone\tpaused; it is restarted when it is resumed"
-			case used.pinned:
-				what = "left alone\tpinned by digest"
-			default:
-				what = "not restarted yet\tLOG_LEVEL=info shows why"
-				waiting = true
+			case r.RequestedAt != requestedAt:
+			case r.Msg == "requested":
+				matched = r.Matched
+			case r.Msg == "restarted", r.Msg == "not restarted":
+				outcomes[r.Namespace+"/"+r.Deployment] = true
+				restarted = restarted || r.Msg == "restarted"
 			}
-			rows = append(rows, fmt.Sprintf("%s/%s\t%s", d.namespace, d.name, what))
 		}
-		if rows == nil {
-			rows = []string{"no Deployment that worker looks at runs " + image}
+		n.mu.Unlock()
+		if complete = matched >= 0 && len(outcomes) >= matched; complete {
+			return restarted, true
 		}
-		if others > 0 {
-			rows = append(rows, fmt.Sprintf("%d with other images\tleft alone", others))
+		select {
+		case <-ctx.Done():
+			return restarted, false
+		case <-time.After(2 * time.Millisecond):
 		}
-		if !waiting {
-			return rows, restarted, nil
-		}
-		sleep(ctx, pause)
 	}
 }
 
-// devDeployments simulates a cluster whose Deployments run image, or do not.
-func devDeployments(image string) dynamic.Interface {
-	sample := func(name string, spec, pod map[string]any) runtime.Object {
-		spec["template"] = map[string]any{"spec": pod}
-		return &unstructured.Unstructured{Object: map[string]any{
-			"apiVersion": "apps/v1", "kind": "Deployment", "spec": spec,
-			"metadata": map[string]any{"namespace": "shop", "name": name, "uid": name, "resourceVersion": "1",
-				"creationTimestamp": "2026-01-01T00:00:00Z"},
-		}}
+// flush writes the lines that were held, web's first. When live, it holds no more.
+func (n *narrator) flush(live bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	slices.SortStableFunc(n.held, func(a, b devRecord) int { return strings.Compare(a.process, b.process) })
+	for _, r := range n.held {
+		fmt.Fprintln(n.stdout, r.text)
 	}
-	container := func(image string) []any {
-		return []any{map[string]any{"name": "main", "image": image, "imagePullPolicy": "Always"}}
-	}
-	return dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(),
-		map[schema.GroupVersionResource]string{deploymentsResource: "DeploymentList"},
-		sample("api", map[string]any{}, map[string]any{"containers": container(image)}),
-		sample("api-migrated-first", map[string]any{}, map[string]any{
-			"initContainers": container(image), "containers": container("docker.io/library/nginx:1.29")}),
-		sample("api-frozen", map[string]any{"paused": true}, map[string]any{"containers": container(image)}),
-		sample("storefront", map[string]any{}, map[string]any{"containers": container("ghcr.io/acme/storefront:dev")}),
-	)
-}
-
-// devIssuer plays the two sides of GitHub that a job and web see: it hands out
-// tokens as a runner's ACTIONS_ID_TOKEN_REQUEST_URL does, and publishes the
-// keys that they are signed with, over TLS, as the issuer does.
-// https://docs.github.com/actions/concepts/security/openid-connect
-type devIssuer struct {
-	url                      string // the issuer
-	requestURL, requestToken string
-	repository               string
-	signer                   jose.Signer
-	certificate              *x509.Certificate
-	servers                  []*http.Server
-}
-
-func newDevIssuer(repository string) (*devIssuer, error) {
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		return nil, err
-	}
-	i := &devIssuer{repository: repository, requestToken: rand.Text()}
-	const kid = "dev"
-	i.signer, err = jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: kid}},
-		(&jose.SignerOptions{}).WithType("JWT"))
-	if err != nil {
-		return nil, err
-	}
-	cert, err := i.selfSigned()
-	if err != nil {
-		return nil, err
-	}
-	secure, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{cert}})
-	if err != nil {
-		return nil, err
-	}
-	plain, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		secure.Close()
-		return nil, err
-	}
-	i.url = "https://" + secure.Addr().String()
-	i.requestURL = "http://" + plain.Addr().String() + "/token?api-version=2.0"
-
-	keys := http.NewServeMux()
-	keys.HandleFunc("GET /.well-known/openid-configuration", func(w http.ResponseWriter, _ *http.Request) {
-		writeJSON(w, http.StatusOK, map[string]any{"issuer": i.url, "jwks_uri": i.url + "/.well-known/jwks"})
-	})
-	keys.HandleFunc("GET /.well-known/jwks", func(w http.ResponseWriter, _ *http.Request) {
-		writeJSON(w, http.StatusOK, jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: kid, Algorithm: "RS256", Use: "sig"}}})
-	})
-	tokens := http.NewServeMux()
-	tokens.HandleFunc("GET /token", i.serveToken)
-	for ln, h := range map[net.Listener]http.Handler{secure: keys, plain: tokens} {
-		s := newServer(h, slog.New(slog.DiscardHandler))
-		i.servers = append(i.servers, s)
-		go s.Serve(ln)
-	}
-	return i, nil
-}
-
-// serveToken answers like the URL that a runner gives to a job.
-func (i *devIssuer) serveToken(w http.ResponseWriter, r *http.Request) {
-	if r.Header.Get("Authorization") != "bearer "+i.requestToken {
-		w.WriteHeader(http.StatusUnauthorized)
-		return
-	}
-	owner, _, _ := strings.Cut(i.repository, "/")
-	audience := r.URL.Query().Get("audience")
-	if audience == "" {
-		audience = "https://github.com/" + owner
-	}
-	now := time.Now().Unix()
-	token, err := jwt.Signed(i.signer).Claims(map[string]any{
-		"iss": i.url, "aud": audience, "iat": now, "nbf": now - 300, "exp": now + 300, "jti": rand.Text(),
-		"sub":        "repo:" + i.repository + ":ref:refs/heads/main",
-		"repository": i.repository, "repository_id": "1", "repository_owner": owner, "repository_owner_id": "1",
-		"repository_visibility": "private", "event_name": "push", "ref": "refs/heads/main", "ref_type": "branch",
-		"workflow": "dev", "actor": owner, "run_id": "1", "run_number": "1", "run_attempt": "1",
-	}).Serialize()
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
-	}
-	writeJSON(w, http.StatusOK, map[string]any{"count": len(token), "value": token})
-}
-
-// client trusts the issuer's certificate and no other.
-func (i *devIssuer) client() *http.Client {
-	roots := x509.NewCertPool()
-	roots.AddCert(i.certificate)
-	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
-}
-
-func (i *devIssuer) close() {
-	for _, s := range i.servers {
-		s.Close()
-	}
-}
-
-func (i *devIssuer) selfSigned() (tls.Certificate, error) {
-	var cert tls.Certificate
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return cert, err
-	}
-	now := time.Now()
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(365 * 24 * time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
-	}, &x509.Certificate{SerialNumber: big.NewInt(1)}, key.Public(), key)
-	if err != nil {
-		return cert, err
-	}
-	i.certificate, err = x509.ParseCertificate(der)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
-}
-
-// httpDo sends one request and reads the answer.
-func httpDo(ctx context.Context, method, url string, h http.Header, body []byte) (int, []byte, error) {
-	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
-	if err != nil {
-		return 0, nil, err
-	}
-	maps.Copy(req.Header, h)
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return 0, nil, err
-	}
-	defer resp.Body.Close()
-	answer, err := io.ReadAll(resp.Body)
-	return resp.StatusCode, answer, err
+	n.held, n.live = nil, live
 }
 
 // freeAddrs returns loopback addresses that nobody listens on.

@@ -66,7 +66,7 @@ func manage(u *unstructured.Unstructured, manager, subresource string, at time.T
 	})
 	u.SetManagedFields(append(entries, metav1.ManagedFieldsEntry{
 		Manager: manager, Operation: metav1.ManagedFieldsOperationUpdate, APIVersion: "apps/v1", Subresource: subresource,
-		Time: &metav1.Time{Time: at}, FieldsType: "FieldsV1", FieldsV1: &metav1.FieldsV1{Raw: []byte("{}")}}))
+		Time: &metav1.Time{Time: at}, FieldsType: "FieldsV1", FieldsV1: metav1.NewFieldsV1("{}")}))
 }
 
 // Create makes a Deployment. One that exists is made anew, with another uid.
