@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"testing"
 	"time"
 )
@@ -153,5 +154,21 @@ func TestRequests(t *testing.T) {
 	q.setClock(now, time.Hour)
 	if _, known := q.get(apiDev); known {
 		t.Error("never forgotten")
+	}
+}
+
+// Messages that web did not send cannot make the worker remember without end.
+func TestMemoryIsBounded(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	q := newRequests(time.Now)
+	for i := range 2*maxLedger + 1 {
+		_, err := q.add(fmt.Sprintf("ghcr.io/acme/app-%d:dev", i), request{at: now.UnixMicro(), made: now})
+		if (err != nil) != (i == 2*maxLedger) {
+			t.Fatalf("image %d: %v", i, err)
+		}
+	}
+	if added, err := q.add("ghcr.io/acme/app-7:dev", request{at: now.UnixMicro() + 1, made: now}); !added || err != nil {
+		t.Errorf("what is remembered is no longer updated: %v", err)
 	}
 }

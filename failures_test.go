@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/client-go/util/workqueue"
+
 	"kuberollouttrigger/internal/fake"
 )
 
@@ -64,7 +66,7 @@ func TestPermanentRefusal(t *testing.T) {
 		kube.OnPatch = sequence("a/api", nil, code, code, code, code, code)
 		m, _ := testValkey(t)
 		w := newTestWorker(t, kube, m)
-		w.backoff = newBackoff() // that of production: one second, then two
+		w.backoff = workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff)
 		w.start()
 		eventually(t, "the worker is ready", func() bool { return w.ready() == nil })
 		for range 20 {

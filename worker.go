@@ -77,24 +77,17 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 		client:     client,
 		source:     source,
 		cfg:        cfg,
-		rules:      rules{window: cfg.CatchUp, interval: cfg.RestartInterval},
+		rules:      rules{window: cmp.Or(cfg.CatchUp, defaultWindow), interval: cfg.RestartInterval},
 		now:        now,
 		queue:      workqueue.NewTypedDelayingQueue[string](),
-		backoff:    newBackoff(),
+		backoff:    workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff),
 		catchUpDue: make(chan struct{}, 1),
 		requests:   newRequests(now),
 		notBefore:  map[string]time.Time{},
 	}
-	if w.rules.window == 0 {
-		w.rules.window = defaultWindow
-	}
 	w.caughtUp.set(errors.New("not caught up yet"))
 	w.cache = newDeploymentCache(cfg, client, w.log, now, w.look)
 	return w
-}
-
-func newBackoff() workqueue.TypedRateLimiter[string] {
-	return workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff)
 }
 
 // run works until ctx is done, and then finishes the patches in flight. What is
@@ -273,7 +266,7 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	for versioned := w.backoff.NumRequeues(key) == 0; ; versioned = false {
 		next := w.decide(d)
 		if next.verdict != due {
-			w.conclude(d, next)
+			w.settle(d, next, nil)
 			return
 		}
 		err := w.patch(ctx, d, next.request.at, versioned)
@@ -309,27 +302,19 @@ func (w *worker) decide(d *deployment) (next decision) {
 	return next
 }
 
-// conclude ends a look that led to no patch.
-func (w *worker) conclude(d *deployment, next decision) {
-	log := w.logFor(d, next)
-	switch {
-	case next.verdict == expired && w.backoff.NumRequeues(d.key()) > 0:
-		log.Error("gave up: the restart failed until the request expired")
-	case next.verdict != satisfied:
-		log.Info("not restarted", "reason", next.reason)
-	}
-	if next.verdict == deferred {
-		w.queue.AddAfter(d.key(), next.wait)
-	}
-	w.done(d.key())
-}
-
-// settle ends a look that led to a patch. A failure is tried again until it
-// succeeds or the request expires, with pauses that a newer request does not cut
-// short.
+// settle ends a look: with a decision against a restart, or with the outcome of a
+// patch. A failure is tried again until it succeeds or the request expires, with
+// pauses that a newer request does not cut short.
 func (w *worker) settle(d *deployment, next decision, err error) {
-	log, key := w.logFor(d, next), d.key()
+	key := d.key()
+	log := w.log.With("namespace", d.namespace, "deployment", d.name,
+		"image", next.image.ref, "requested_at", formatTime(next.request.at))
 	switch {
+	case next.verdict == satisfied:
+	case next.verdict == expired && w.backoff.NumRequeues(key) > 0:
+		log.Error("gave up: the restart failed until the request expired")
+	case next.verdict != due:
+		log.Info("not restarted", "reason", next.reason)
 	case errors.Is(err, errNoEffect):
 		log.Error("restart had no effect", "err", err)
 	case err == nil && next.image.pullPolicy != "":
@@ -350,11 +335,9 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 		return
 	}
 	w.done(key)
-}
-
-func (w *worker) logFor(d *deployment, next decision) *slog.Logger {
-	return w.log.With("namespace", d.namespace, "deployment", d.name,
-		"image", next.image.ref, "requested_at", formatTime(next.request.at))
+	if next.verdict == deferred {
+		w.queue.AddAfter(key, next.wait)
+	}
 }
 
 // backingOff returns how long a Deployment whose restart failed has to wait.
