@@ -31,7 +31,7 @@ func TestDevOnce(t *testing.T) {
 	kube.Create("a/api", fake.Spec{Image: apiDev})
 	m, cfg := testValkey(t)
 	out, logs, err := runDevOnce(t, map[string]string{"KUBECONFIG": kube.Kubeconfig(t.TempDir()), "VALKEY_ADDR": cfg.Addr,
-		"VALKEY_PASSWORD": "of another", "WORKER_NAMESPACES": "a", "WORKER_SELECTOR": "a=b"})
+		"VALKEY_TLS_ENABLED": "true", "WORKER_NAMESPACES": "a", "WORKER_SELECTOR": "a=b"})
 	if err != nil || logs != "" {
 		t.Fatalf("%v\n%s%s", err, out, logs)
 	}
@@ -130,6 +130,9 @@ func TestDevLive(t *testing.T) {
 		return string(answer)
 	}
 	answer := request("GET", exported("ACTIONS_ID_TOKEN_REQUEST_URL")+"&audience="+exported("AUDIENCE"), "bearer "+exported("ACTIONS_ID_TOKEN_REQUEST_TOKEN"), "")
+	if answer := request("GET", exported("ACTIONS_ID_TOKEN_REQUEST_URL"), "bearer wrong", ""); answer != "" {
+		t.Errorf("a token for the wrong request token: %s", answer)
+	}
 	token := regexp.MustCompile(`.*"value":"([^"]*)".*`).ReplaceAllString(strings.TrimSpace(answer), "$1")
 	for _, tt := range []struct{ authorization, body, want string }{
 		{"Bearer nonsense", "", "web     denied an unauthenticated caller with 401: "},
