@@ -32,13 +32,13 @@ import (
 // down what it is given, and returns the Secret's data.
 func documentedSecret(t testing.TB) map[string]string {
 	t.Helper()
-	page, err := os.ReadFile("../docs/deployment.md")
+	page, err := os.ReadFile("../docs/install.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	command := regexp.MustCompile(`(?m)^kubectl -n kuberollouttrigger create secret generic valkey .*$`).FindString(string(page))
 	if command == "" {
-		t.Fatal("docs/deployment.md has no command that creates the Secret")
+		t.Fatal("docs/install.md has no command that creates the Secret")
 	}
 	cmd := exec.Command("bash", "-euc", `kubectl() { printf '%s\n' "$@"; }; `+command)
 	out, err := cmd.Output()
@@ -400,7 +400,7 @@ func arguments(t testing.TB, v *manifestValkey, command string) []string {
 	return words
 }
 
-// TestManifestValkeyTLS: with the settings of docs/deployment.md both processes speak
+// TestManifestValkeyTLS: with the settings of docs/recipes.md both processes speak
 // TLS to Valkey, and to nobody whose certificate another CA signed.
 func TestManifestValkeyTLS(t *testing.T) {
 	t.Parallel()
@@ -415,13 +415,13 @@ func TestManifestValkeyTLS(t *testing.T) {
 		}
 	}
 	// The lines that the page adds to valkey.conf, as arguments.
-	page, err := os.ReadFile("../docs/deployment.md")
+	page, err := os.ReadFile("../docs/recipes.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	block := regexp.MustCompile("(?ms)^ *```text\n *port 0\n(.*?)^ *```").FindStringSubmatch(string(page))
 	if block == nil {
-		t.Fatal("docs/deployment.md has no settings for TLS")
+		t.Fatal("docs/recipes.md has no settings for TLS")
 	}
 	extra := []string{"--port", "0"}
 	for line := range strings.Lines(block[1]) {
