@@ -173,8 +173,8 @@ func TestDocsDevFlags(t *testing.T) {
 	var help strings.Builder
 	err := run(t.Context(), []string{"dev", "-h"}, env(nil), &help, io.Discard)
 	page, flags := readDoc(t, "docs/development.md"), regexp.MustCompile(`(?m)^  -(\S+)`).FindAllStringSubmatch(help.String(), -1)
-	if len(flags) < 3 {
-		t.Fatalf("dev -h lists %d flags, %v", len(flags), err)
+	if n := strings.Count(page, "\n| `--"); len(flags) < 3 || len(flags) != n {
+		t.Fatalf("dev -h lists %d flags, %v; docs/development.md has %d", len(flags), err, n)
 	}
 	for _, m := range flags {
 		if !strings.Contains(page, "\n| `--"+m[1]+"` |") {
