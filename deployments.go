@@ -290,8 +290,11 @@ func (d *deployment) newerThan(other *deployment) bool {
 func (c *deploymentCache) fetch(ctx context.Context, d *deployment) (*deployment, error) {
 	list, err := c.client.Resource(deploymentsResource).Namespace(d.namespace).
 		List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + d.name, LabelSelector: c.selector})
-	if err != nil || len(list.Items) == 0 {
-		return nil, err
+	if err != nil {
+		return nil, fmt.Errorf("reading the Deployment after a conflict: %w", err)
+	}
+	if len(list.Items) == 0 {
+		return nil, nil
 	}
 	c.put(newDeployment(&list.Items[0]), c.now(), true)
 	return c.get(d.key()), nil

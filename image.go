@@ -69,7 +69,7 @@ func parseRequest(body []byte) ([]string, error) {
 	for _, tag := range tags {
 		tagged, err := reference.WithTag(named, tag)
 		if err != nil {
-			return nil, fmt.Errorf("tag \"%s\" is not valid; expected 1 to 128 letters, digits, underscores, dots or dashes, not beginning with a dot or dash", sanitize(tag))
+			return nil, fmt.Errorf("tag \"%s\" is not valid; expected up to 128 letters, digits and _.-, and no dot or dash first", sanitize(tag))
 		}
 		if image := tagged.String(); !slices.Contains(images, image) {
 			images = append(images, image)

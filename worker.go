@@ -271,16 +271,15 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 		}
 		err := w.patch(ctx, d, next.request.at, versioned)
 		if versioned && outdated(err) {
-			present, fetchErr := w.cache.fetch(ctx, d)
-			if fetchErr == nil && present == nil {
-				w.done(key)
-				return
-			}
-			if fetchErr == nil {
+			var present *deployment
+			if present, err = w.cache.fetch(ctx, d); present != nil {
 				d = present
 				continue
 			}
-			err = fmt.Errorf("reading the Deployment after a conflict: %w", fetchErr)
+			if err == nil { // it is gone
+				w.done(key)
+				return
+			}
 		}
 		w.settle(d, next, err)
 		return
