@@ -199,7 +199,9 @@ func newDeploymentCache(cfg workerConfig, client dynamic.Interface, log *slog.Lo
 		namespaces = []string{metav1.NamespaceAll}
 	}
 	for _, namespace := range namespaces {
-		c.scopes = append(c.scopes, &scope{cache: c, namespace: namespace, client: client.Resource(deploymentsResource).Namespace(namespace)})
+		s := &scope{cache: c, namespace: namespace, client: client.Resource(deploymentsResource).Namespace(namespace)}
+		s.ListWithContextFunc, s.WatchFuncWithContext = s.list, s.watch
+		c.scopes = append(c.scopes, s)
 	}
 	return c
 }
@@ -212,7 +214,7 @@ func (c *deploymentCache) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, s := range c.scopes {
 		s.forbidden = cancel
-		r := cache.NewReflectorWithOptions(s.listWatch(), nil, s, cache.ReflectorOptions{
+		r := cache.NewReflectorWithOptions(s, nil, s, cache.ReflectorOptions{
 			Name:            "deployments",
 			TypeDescription: "deployments.apps",
 			// The default waits up to a minute for an API server that is back.
@@ -302,6 +304,7 @@ func (c *deploymentCache) fetch(ctx context.Context, d *deployment) (*deployment
 
 // scope is what one reflector lists, watches and stores: all namespaces, or one.
 type scope struct {
+	cache.ListWatch
 	cache     *deploymentCache
 	namespace string // "" for all
 	client    dynamic.ResourceInterface
@@ -311,15 +314,9 @@ type scope struct {
 	unwatched time.Time // when the last one ended
 }
 
-// pagedListWatch is a ListWatch without streamed lists: those would bring whole
-// Deployments into the reflector's memory, where pages of them do.
-type pagedListWatch struct{ *cache.ListWatch }
-
-func (pagedListWatch) IsWatchListSemanticsUnSupported() bool { return true }
-
-func (s *scope) listWatch() cache.ListerWatcher {
-	return pagedListWatch{&cache.ListWatch{ListWithContextFunc: s.list, WatchFuncWithContext: s.watch}}
-}
+// IsWatchListSemanticsUnSupported keeps the reflector from streaming lists: those
+// would bring whole Deployments into its memory.
+func (s *scope) IsWatchListSemanticsUnSupported() bool { return true }
 
 // list reads all pages and returns one complete list of entries. It ignores the
 // options: the reflector would list without a limit after a 410, and its pager
