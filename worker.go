@@ -398,7 +398,7 @@ func (b rules) decide(d *deployment, image usedImage, r request, m moment) decis
 	case d.paused: // being resumed leads to a look; this one is for the log
 		return with(deferred, "paused", b.window-age)
 	}
-	if wait := b.interval - m.now.Sub(d.restarted.since); wait > 0 && !d.restarted.since.IsZero() {
+	if wait := b.interval - m.now.Sub(d.restarted.since); wait > 0 { // never if since is unknown
 		return with(deferred, "restarted less than WORKER_RESTART_INTERVAL ago", wait)
 	}
 	return with(due, "", 0)
