@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
@@ -109,26 +108,4 @@ func each(all []deployment, do func(deployment)) {
 	}
 	close(work)
 	wg.Wait()
-}
-
-// manifestContainer is the one container of a Deployment in k8s/.
-func manifestContainer(t testing.TB, file, name string) map[string]any {
-	t.Helper()
-	set := manifestNamed(t, readManifests(t, file), "Deployment", name)
-	containers, _, _ := unstructured.NestedSlice(set.Object, "spec", "template", "spec", "containers")
-	if len(containers) != 1 {
-		t.Fatalf("%s has %d containers", name, len(containers))
-	}
-	return containers[0].(map[string]any)
-}
-
-// memoryOf is a container's memory in bytes, of its requests or its limits.
-func memoryOf(t testing.TB, container map[string]any, kind string) int64 {
-	t.Helper()
-	value, _, _ := unstructured.NestedString(container, "resources", kind, "memory")
-	quantity, err := resource.ParseQuantity(value)
-	if err != nil {
-		t.Fatalf("memory %q: %v", value, err)
-	}
-	return quantity.Value()
 }

@@ -3,7 +3,6 @@ package e2e
 import (
 	"fmt"
 	"math/rand/v2"
-	"net/http"
 	"slices"
 	"strings"
 	"syscall"
@@ -327,99 +326,6 @@ func TestHandover(t *testing.T) {
 		t.Errorf("the worker exited with %d", code)
 	}
 	g.startWorker(t, "", "")
-	g.verify(t, 10*time.Second)
-}
-
-// TestClocks: one web has a clock that is an hour ahead, and so have its
-// tokens; then the worker has. T is Valkey's, so nothing changes.
-func TestClocks(t *testing.T) {
-	// Before Parallel: a build beside them would slow down all other tests.
-	ahead, err := skewedPath()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Parallel()
-	g := newRig(t, 6, 2)
-	worker := g.startWorker(t, "", "")
-	right := newClient(startWeb(t, g.valkey.addr).url)
-	wrongWeb := launchWeb(t, ahead, g.valkey.addr)
-	wrongWeb.waitReady(t, 20*time.Second)
-	wrong := newClient(wrongWeb.url)
-	wrong.now = func() time.Time { return time.Now().Add(time.Hour) }
-	if a, err := wrong.post(t.Context(), github.mint(time.Now(), nil), imageBody(newImage())); err != nil || a.status != http.StatusUnauthorized {
-		t.Fatalf("the web that is an hour ahead answers a token of now with %d, %v: its clock is not ahead", a.status, err)
-	}
-
-	var last int64
-	for i := range 60 {
-		c := right
-		if i%2 == 0 {
-			c = wrong
-		}
-		at := g.ledger.pushOnce(t, c, g.images[i%5])
-		if now := g.valkey.now(t); at <= last || at > now || at < now-5e6 {
-			t.Errorf("T is %s after %s, and Valkey's clock says %s", stamp(at), stamp(last), stamp(now))
-		}
-		last = at
-	}
-	g.verify(t, 10*time.Second)
-
-	// A worker an hour ahead: everything on record is as old as its window by
-	// its own clock, and somebody's laptop, half an hour ahead, is in its past.
-	worker.kill()
-	for _, image := range g.images {
-		g.ledger.pushOnce(t, right, image)
-	}
-	laptop := g.apps[0]
-	laptop.annotate(t, time.Now().Add(30*time.Minute).UTC().Format(time.RFC3339))
-	wrongWorker := launchWorker(t, ahead, g.valkey.addr, g.user.kubeconfig(t, sharedAPI.url), "WORKER_NAMESPACES="+g.namespace)
-	wrongWorker.waitReady(t, 20*time.Second)
-	for _, image := range g.images {
-		g.ledger.pushOnce(t, right, image)
-	}
-	g.verify(t, 10*time.Second)
-}
-
-// TestForeignRestartedAt: a restartedAt that somebody's own clock wrote. From
-// the future it swallows nothing; between T and now it is the restart that T
-// asked for.
-func TestForeignRestartedAt(t *testing.T) {
-	t.Parallel()
-	g := newRig(t, 2, 4)
-	c := newClient(startWeb(t, g.valkey.addr).url)
-	future, byHand := g.images[0], g.images[1]
-	worker := g.startWorker(t, "", "")
-	for i, value := range []string{"2099-01-01T00:00:00Z", time.Now().Add(5 * time.Minute).In(time.FixedZone("", 7200)).Format(time.RFC3339), "soon", "2099-01-01T00:00:00.5Z"} {
-		g.apps[i].annotate(t, value)
-	}
-	first := g.ledger.pushOnce(t, c, future)
-	for _, d := range g.apps[:4] {
-		g.recorder.waitRestartedAt(t, 5*time.Second, d, stamp(first))
-	}
-	g.apps[0].annotate(t, "2099-01-01T00:00:00Z") // once more, over ours
-	g.ledger.pushOnce(t, c, future)
-
-	// kubectl rollout restart while no worker was there.
-	eventually(t, 5*time.Second, "the second event was delivered", func() error {
-		if got := g.recorder.restarts(g.apps[3]); got != 3 { // annotated, and twice restarted
-			return fmt.Errorf("%d generations", got)
-		}
-		return nil
-	})
-	worker.kill()
-	c.mustPush(t, byHand) // not in the ledger: no restart is due
-	time.Sleep(1100 * time.Millisecond)
-	kubectl := time.Now().UTC().Format(time.RFC3339) // whole seconds, cut off: still after T
-	for _, d := range g.apps[4:] {
-		d.annotate(t, kubectl)
-	}
-	g.startWorker(t, "", "")
-	g.recorder.mustNotChange(t, g.apps[4], 2*time.Second)
-	for _, d := range g.apps[4:] {
-		if got := restartedAt(d.get(t)); got != kubectl {
-			t.Errorf("%s was restarted at %s although somebody did so after the event, at %s", d.key(), got, kubectl)
-		}
-	}
 	g.verify(t, 10*time.Second)
 }
 

@@ -1,18 +1,12 @@
 package e2e
 
 import (
-	"crypto/rand"
-	"crypto/rsa"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -249,55 +243,6 @@ func TestWhereImagesAre(t *testing.T) {
 	}
 }
 
-// TestNamespacedScope: WORKER_NAMESPACES with a Role in each is enough, and
-// nothing outside them is touched.
-func TestNamespacedScope(t *testing.T) {
-	v := startValkey(t)
-	one, two, outside := newNamespace(t), newNamespace(t), newNamespace(t)
-	image := newImage()
-	inOne, inTwo := deployment{namespace: one, name: "api", images: []string{image}}, deployment{namespace: two, name: "api", images: []string{image}}
-	beyond := deployment{namespace: outside, name: "api", images: []string{image}}
-	createAll(t, []deployment{inOne, inTwo, beyond})
-	r := record(t, one, two, outside)
-	startWorker(t, v.addr, newWorkerUser(t, one, two).kubeconfig(t, sharedAPI.url), "WORKER_NAMESPACES="+one+","+two)
-	c := newClient(startWeb(t, v.addr).url)
-
-	at := c.mustPush(t, image)
-	r.waitRestartedAt(t, 10*time.Second, inOne, stamp(at))
-	r.waitRestartedAt(t, 10*time.Second, inTwo, stamp(at))
-	r.mustNotChange(t, beyond, 500*time.Millisecond)
-}
-
-// TestWholeCluster: the default scope, with a ClusterRole.
-func TestWholeCluster(t *testing.T) {
-	v := startValkey(t)
-	one, two := newNamespace(t), newNamespace(t)
-	image := newImage()
-	inOne, inTwo := deployment{namespace: one, name: "api", images: []string{image}}, deployment{namespace: two, name: "api", images: []string{image}}
-	createAll(t, []deployment{inOne, inTwo})
-	r := record(t, one, two)
-	startWorker(t, v.addr, newWorkerUser(t).kubeconfig(t, sharedAPI.url))
-	at := newClient(startWeb(t, v.addr).url).mustPush(t, image)
-	r.waitRestartedAt(t, 10*time.Second, inOne, stamp(at))
-	r.waitRestartedAt(t, 10*time.Second, inTwo, stamp(at))
-}
-
-// TestSelector: many workloads share one image, and only some should restart.
-func TestSelector(t *testing.T) {
-	p := startPair(t, "WORKER_SELECTOR=rollout=auto,tier!=db")
-	image := newImage()
-	chosen, plain, db := p.app("chosen", image), p.app("plain", image), p.app("db", image)
-	chosen.labels = map[string]string{"rollout": "auto"}
-	db.labels = map[string]string{"rollout": "auto", "tier": "db"}
-	createAll(t, []deployment{chosen, plain, db})
-	r := record(t, p.namespace)
-
-	at := p.client.mustPush(t, image)
-	r.waitRestartedAt(t, 10*time.Second, chosen, stamp(at))
-	r.mustNotChange(t, plain, 500*time.Millisecond)
-	r.mustNotChange(t, db, 0)
-}
-
 // TestPausedIsNotRestarted; what happens when it is resumed is in
 // TestPausedAcrossEvent.
 func TestPausedIsNotRestarted(t *testing.T) {
@@ -332,184 +277,6 @@ func TestPullPolicyWarning(t *testing.T) {
 	}
 	if line := p.worker.waitLogged(t, 5*time.Second, "msg", "restarted", "deployment", always.name); line.str("level") != "INFO" || line.str("warning") != "" {
 		t.Errorf("the line about a pull policy of Always is %v, want level INFO and no warning", line)
-	}
-}
-
-// TestForbiddenScope: what the worker may not see is an error at once, with all
-// that is needed to mend the Role.
-func TestForbiddenScope(t *testing.T) {
-	v := startValkey(t)
-	allowed, forbidden := newNamespace(t), newNamespace(t)
-	for _, c := range []struct {
-		name       string
-		user       func(*testing.T) user
-		namespaces string
-		names      string
-	}{
-		{"one of two namespaces", func(t *testing.T) user { return newWorkerUser(t, allowed) }, allowed + "," + forbidden, `(list|watch) deployments\.apps in namespace ` + forbidden},
-		{"the whole cluster", func(t *testing.T) user { return newWorkerUser(t, allowed) }, "", `(list|watch) deployments\.apps in all namespaces`},
-		{"no watch", func(t *testing.T) user {
-			u := newUser(t)
-			u.grant(t, []string{"list", "patch"}, allowed)
-			return u
-		}, allowed, `watch deployments\.apps in namespace ` + allowed},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			worker := launchWorker(t, programPath, v.addr, c.user(t).kubeconfig(t, sharedAPI.url), "WORKER_NAMESPACES="+c.namespaces)
-			if code := worker.exitCode(t, 15*time.Second); code != 1 {
-				t.Errorf("exit code %d, want 1", code)
-			}
-			lines := strings.Split(strings.TrimSpace(worker.stderr.String()), "\n")
-			if last := lines[len(lines)-1]; !regexp.MustCompile(c.names + `\b`).MatchString(last) {
-				t.Errorf("the last line does not say %s: %s", c.names, last)
-			}
-		})
-	}
-}
-
-// TestPatchForbidden: a Role without patch is noticed when it is needed; the
-// request is not given up, and mending the Role is enough.
-func TestPatchForbidden(t *testing.T) {
-	t.Parallel()
-	v, namespace := startValkey(t), newNamespace(t)
-	d := deployment{namespace: namespace, name: "api", images: []string{newImage()}}
-	d.create(t)
-	r := record(t, namespace)
-	u := newUser(t)
-	u.grant(t, []string{"list", "watch"}, namespace)
-	worker := startWorker(t, v.addr, u.kubeconfig(t, sharedAPI.url), "WORKER_NAMESPACES="+namespace)
-	at := newClient(startWeb(t, v.addr).url).mustPush(t, d.images[0])
-	eventually(t, 5*time.Second, "the log says that patch is forbidden", func() error {
-		for _, line := range worker.logs(t) {
-			if line.str("level") != "INFO" && strings.Contains(line.str("err"), "cannot patch") {
-				return nil
-			}
-		}
-		return errors.New(worker.stderr.tail(10))
-	})
-	u.grant(t, []string{"patch"}, namespace)
-	r.waitRestartedAt(t, 60*time.Second, d, stamp(at))
-}
-
-// TestMissingConfig: one message that names all that is missing, exit code 2.
-func TestMissingConfig(t *testing.T) {
-	for mode, names := range map[string][]string{
-		"web":    {"VALKEY_ADDR", "--valkey-addr", "ALLOWED_IMAGE_PREFIX", "--allowed-image-prefix", "GITHUB_OIDC_AUDIENCE", "GITHUB_ALLOWED_ORG"},
-		"worker": {"VALKEY_ADDR", "--valkey-addr", "ALLOWED_IMAGE_PREFIX", "--allowed-image-prefix"},
-	} {
-		t.Run(mode, func(t *testing.T) {
-			p := launch(t, programPath, mode)
-			if code := p.exitCode(t, 10*time.Second); code != 2 {
-				t.Errorf("exit code %d, want 2", code)
-			}
-			for _, name := range names {
-				if !strings.Contains(p.stderr.String(), name) {
-					t.Errorf("the message does not name %s:\n%s", name, p.stderr.String())
-				}
-			}
-		})
-	}
-}
-
-// TestSIGTERM: both stop being ready, end soon, and with success.
-func TestSIGTERM(t *testing.T) {
-	p := startPair(t)
-	for _, one := range []*program{p.web, p.worker} {
-		one.signal(syscall.SIGTERM)
-		if code := one.exitCode(t, 15*time.Second); code != 0 {
-			t.Errorf("%s: exit code %d after SIGTERM, want 0", one.name, code)
-		}
-	}
-}
-
-// TestSecondSignal: the first one drains, the second one ends the process at once.
-func TestSecondSignal(t *testing.T) {
-	web := startWeb(t, startValkey(t).addr)
-	conn, err := net.Dial("tcp", strings.TrimPrefix(web.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	fmt.Fprint(conn, "POST /event HTTP/1.1\r\n") // holds up the drain for seconds
-	web.signal(syscall.SIGTERM)
-	web.waitNotReady(t, 5*time.Second)
-	if web.exited() {
-		t.Fatal("one signal ended it at once")
-	}
-	begun := time.Now()
-	web.signal(syscall.SIGTERM)
-	if code := web.exitCode(t, 10*time.Second); code != -1 || time.Since(begun) > 500*time.Millisecond {
-		t.Errorf("exit code %d after %s", code, time.Since(begun))
-	}
-}
-
-// TestDenied is the smoke of what web refuses; the whole list is tested in the
-// program's own module, on the same handler.
-func TestDenied(t *testing.T) {
-	v := startValkey(t)
-	web := startWeb(t, v.addr)
-	c := newClient(web.url)
-	image := newImage()
-	foreign, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
-	now := time.Now()
-	with := func(replace map[string]any) string { return github.mint(now, replace) }
-	for _, d := range []struct {
-		name, token, image string
-		status             int
-	}{
-		{"no token", "", image, 401},
-		{"no JWT", "eyJhbGciOiJub25lIn0.e30.", image, 401},
-		{"another's key", github.forge(foreign, now), image, 401},
-		{"another audience", with(map[string]any{"aud": "https://github.com/acme"}), image, 401},
-		{"another issuer", with(map[string]any{"iss": github.URL + "/"}), image, 401},
-		{"expired", github.mint(now.Add(-10*time.Minute), nil), image, 401},
-		{"not yet valid", github.mint(now.Add(20*time.Minute), nil), image, 401},
-		{"another organisation", with(map[string]any{"repository_owner": "acme-evil", "repository": "acme-evil/api", "sub": "repo:acme-evil/api:ref:refs/heads/main"}), image, 403},
-		{"a pull request", with(map[string]any{"event_name": "pull_request_target"}), image, 403},
-		{"an image beside the prefix", with(nil), "ghcr.io/acme-evil/api:dev", 403},
-	} {
-		a, err := c.post(t.Context(), d.token, imageBody(d.image))
-		if err != nil {
-			t.Errorf("%s: %v", d.name, err)
-			continue
-		}
-		if a.status != d.status {
-			t.Errorf("%s: answered %d %s, want %d", d.name, a.status, a.body, d.status)
-		}
-		if a.status == 401 && a.header.Get("WWW-Authenticate") != "Bearer" {
-			t.Errorf("%s: WWW-Authenticate is %q, want Bearer", d.name, a.header.Get("WWW-Authenticate"))
-		}
-		if saysNoMore := strings.TrimSpace(a.body) == "access denied"; saysNoMore != (d.image == image) {
-			t.Errorf("%s: the answer is %q", d.name, a.body)
-		}
-	}
-	if set := recordOf(t, v); len(set) != 0 {
-		t.Errorf("refused requests are on record: %v", set)
-	}
-	if strings.Contains(web.stderr.String(), "eyJ") {
-		t.Error("a token is in the log")
-	}
-	c.mustPush(t, image) // and the same web accepts what is right
-}
-
-// TestUntrustedIssuer: an issuer whose certificate nobody vouches for gives no
-// keys, and without keys nothing is accepted.
-func TestUntrustedIssuer(t *testing.T) {
-	v := startValkey(t)
-	web := launchWeb(t, programPath, v.addr, "SSL_CERT_FILE=/dev/null", "SSL_CERT_DIR=/nonexistent")
-	t.Log("not ready:", web.waitNotReady(t, 10*time.Second))
-	a, err := newClient(web.url).post(t.Context(), github.mint(time.Now(), nil), imageBody(newImage()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" {
-		t.Errorf("answered %d %s with Retry-After %q, want 503 with one", a.status, a.body, a.header.Get("Retry-After"))
-	}
-	if web.exited() {
-		t.Error("web exited; it should wait for the keys")
 	}
 }
 

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"crypto/rand"
+	"crypto/rsa"
 	"encoding/base64"
 	"fmt"
 	"net/http"
@@ -13,6 +14,76 @@ import (
 	"testing"
 	"time"
 )
+
+// TestDenied is the smoke of what web refuses; the whole list is tested in the
+// program's own module, on the same handler.
+func TestDenied(t *testing.T) {
+	v := startValkey(t)
+	web := startWeb(t, v.addr)
+	c := newClient(web.url)
+	image := newImage()
+	foreign, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	with := func(replace map[string]any) string { return github.mint(now, replace) }
+	for _, d := range []struct {
+		name, token, image string
+		status             int
+	}{
+		{"no token", "", image, 401},
+		{"no JWT", "eyJhbGciOiJub25lIn0.e30.", image, 401},
+		{"another's key", github.forge(foreign, now), image, 401},
+		{"another audience", with(map[string]any{"aud": "https://github.com/acme"}), image, 401},
+		{"another issuer", with(map[string]any{"iss": github.URL + "/"}), image, 401},
+		{"expired", github.mint(now.Add(-10*time.Minute), nil), image, 401},
+		{"not yet valid", github.mint(now.Add(20*time.Minute), nil), image, 401},
+		{"another organisation", with(map[string]any{"repository_owner": "acme-evil", "repository": "acme-evil/api", "sub": "repo:acme-evil/api:ref:refs/heads/main"}), image, 403},
+		{"a pull request", with(map[string]any{"event_name": "pull_request_target"}), image, 403},
+		{"an image beside the prefix", with(nil), "ghcr.io/acme-evil/api:dev", 403},
+	} {
+		a, err := c.post(t.Context(), d.token, imageBody(d.image))
+		if err != nil {
+			t.Errorf("%s: %v", d.name, err)
+			continue
+		}
+		if a.status != d.status {
+			t.Errorf("%s: answered %d %s, want %d", d.name, a.status, a.body, d.status)
+		}
+		if a.status == 401 && a.header.Get("WWW-Authenticate") != "Bearer" {
+			t.Errorf("%s: WWW-Authenticate is %q, want Bearer", d.name, a.header.Get("WWW-Authenticate"))
+		}
+		if saysNoMore := strings.TrimSpace(a.body) == "access denied"; saysNoMore != (d.image == image) {
+			t.Errorf("%s: the answer is %q", d.name, a.body)
+		}
+	}
+	if set := recordOf(t, v); len(set) != 0 {
+		t.Errorf("refused requests are on record: %v", set)
+	}
+	if strings.Contains(web.stderr.String(), "eyJ") {
+		t.Error("a token is in the log")
+	}
+	c.mustPush(t, image) // and the same web accepts what is right
+}
+
+// TestUntrustedIssuer: an issuer whose certificate nobody vouches for gives no
+// keys, and without keys nothing is accepted.
+func TestUntrustedIssuer(t *testing.T) {
+	v := startValkey(t)
+	web := launchWeb(t, programPath, v.addr, "SSL_CERT_FILE=/dev/null", "SSL_CERT_DIR=/nonexistent")
+	t.Log("not ready:", web.waitNotReady(t, 10*time.Second))
+	a, err := newClient(web.url).post(t.Context(), github.mint(time.Now(), nil), imageBody(newImage()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" {
+		t.Errorf("answered %d %s with Retry-After %q, want 503 with one", a.status, a.body, a.header.Get("Retry-After"))
+	}
+	if web.exited() {
+		t.Error("web exited; it should wait for the keys")
+	}
+}
 
 // The open port under attack, and the issuer's keys coming and going.
 

@@ -1,0 +1,142 @@
+package e2e
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The same promise when what lies between the processes misbehaves: the API
+// server in trouble, a network that goes silent, a watch that dies without a
+// word, a Valkey that is not there or does not let them in.
+
+// TestAPIServerInTrouble: a proxy before the API server answers 500, then 429
+// with Retry-After, then breaks requests off, then hangs, then cuts
+// connections, while events come in.
+func TestAPIServerInTrouble(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 10, 2)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	api := newAPIProxy(t, sharedAPI.url)
+	network := newTCPProxy(t, api.host)
+	g.startWorker(t, "https://"+network.addr, "")
+	for _, trouble := range []struct {
+		name  string
+		begin func()
+		lasts time.Duration
+	}{
+		{"500 for patches", func() { api.set(answering(500, "", everyPatch)) }, 2 * time.Second},
+		{"429 for patches", func() { api.set(answering(429, "1", everyPatch)) }, 2 * time.Second},
+		{"500 for everything", func() { api.set(answering(500, "", everything)) }, 2 * time.Second},
+		{"patches broken off", func() { api.set(resetting(everyPatch)) }, 2 * time.Second},
+		{"hanging patches", func() { api.set(hanging(everyPatch)) }, 3 * time.Second},
+		{"connections cut", func() { network.set(reset) }, 2 * time.Second},
+		{"nobody listens", func() { network.set(refuse) }, 2 * time.Second},
+	} {
+		trouble.begin()
+		begun := time.Now()
+		if err := g.ledger.pushMany(t.Context(), c, g.images, 20)(); err != nil {
+			t.Fatalf("%s: %v", trouble.name, err)
+		}
+		time.Sleep(trouble.lasts - time.Since(begun))
+		api.set(nil)
+		network.set(pass)
+		time.Sleep(200 * time.Millisecond)
+	}
+	// Retries back off up to 15 s.
+	g.verify(t, 75*time.Second)
+}
+
+// TestRetryAfterIsHonoured: told to come again in two seconds, the worker does
+// not come sooner, and not much later.
+func TestRetryAfterIsHonoured(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 1, 1)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	api := newAPIProxy(t, sharedAPI.url)
+	g.startWorker(t, api.url, "")
+	d := g.apps[0]
+	api.set(answering(429, "2", everyPatch))
+	g.ledger.pushOnce(t, c, g.images[0])
+	eventually(t, 15*time.Second, "the worker has come three times", func() error {
+		if n := len(api.patchesOf(d)); n < 3 {
+			return fmt.Errorf("%d times", n)
+		}
+		return nil
+	})
+	api.set(nil)
+	g.verify(t, 15*time.Second)
+	patches := api.patchesOf(d)
+	for i := 1; i < len(patches); i++ {
+		if gap := patches[i].at.Sub(patches[i-1].at); patches[i-1].status == 429 && (gap < 1900*time.Millisecond || gap > 6*time.Second) {
+			t.Errorf("try %d came %s after a 429 with Retry-After: 2", i+1, gap)
+		}
+	}
+}
+
+// TestOneBadDeployment: one that is always answered 500, and one whose patch
+// hangs, hold up no other that runs the same image.
+func TestOneBadDeployment(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 1, 20)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	api := newAPIProxy(t, sharedAPI.url)
+	g.startWorker(t, api.url, "")
+	broken, stuck := patchOf(g.apps[0]), patchOf(g.apps[1])
+	fail, hang := answering(500, "", broken), hanging(stuck)
+	api.set(func(w http.ResponseWriter, r *http.Request, lifted <-chan struct{}) bool {
+		return fail(w, r, lifted) || hang(w, r, lifted)
+	})
+	for range 3 {
+		at := g.ledger.pushOnce(t, c, g.images[0])
+		for _, d := range g.apps[2:] {
+			g.recorder.waitRestartedAt(t, 3*time.Second, d, stamp(at))
+		}
+	}
+	api.set(nil)
+	g.verify(t, 30*time.Second)
+}
+
+// TestSilentNetworkBeforeAPIServer: the whole connection to the API server goes
+// silent, watch and all.
+func TestSilentNetworkBeforeAPIServer(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 5, 2)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	network := newTCPProxy(t, strings.TrimPrefix(sharedAPI.url, "https://"))
+	g.startWorker(t, "https://"+network.addr, "")
+	if err := g.ledger.pushMany(t.Context(), c, g.images, 10)(); err != nil {
+		t.Fatal(err)
+	}
+	network.set(stall)
+	late := deployment{namespace: g.namespace, name: "late", images: []string{g.images[0]}}
+	late.create(t)
+	g.apps = append(g.apps, late)
+	for _, image := range g.images {
+		g.ledger.pushOnce(t, c, image)
+	}
+	time.Sleep(5 * time.Second)
+	network.set(pass)
+	g.verify(t, 20*time.Second)
+}
+
+// TestAbandonedConnection: the worker's connection to the API server is silent
+// for good, as after a NAT gateway forgot it, and a new one would work.
+func TestAbandonedConnection(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 5, 2)
+	c := newClient(startWeb(t, g.valkey.addr).url)
+	network := newTCPProxy(t, strings.TrimPrefix(sharedAPI.url, "https://"))
+	g.startWorker(t, "https://"+network.addr, "")
+	network.abandon()
+	late := deployment{namespace: g.namespace, name: "late", images: []string{g.images[0]}}
+	late.create(t)
+	g.apps = append(g.apps, late)
+	for _, image := range g.images {
+		g.ledger.pushOnce(t, c, image)
+	}
+	// HTTP/2 pings an idle connection after 5 s and waits 5 s.
+	g.verify(t, 75*time.Second)
+}

@@ -1,0 +1,265 @@
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/yaml"
+)
+
+// readManifests parses the files that match a pattern, in the order in which
+// kubectl takes them.
+func readManifests(t testing.TB, pattern string) (objects []*unstructured.Unstructured) {
+	t.Helper()
+	names, err := filepath.Glob(pattern)
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%s: %d files, %v", pattern, len(names), err)
+	}
+	for _, name := range names {
+		file, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		decoder := yaml.NewYAMLOrJSONDecoder(file, 4096)
+		for {
+			object := &unstructured.Unstructured{}
+			err := decoder.Decode(&object.Object)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			objects = append(objects, object)
+		}
+	}
+	return objects
+}
+
+func manifestNamed(t testing.TB, objects []*unstructured.Unstructured, kind, name string) *unstructured.Unstructured {
+	t.Helper()
+	for _, object := range objects {
+		if object.GetKind() == kind && object.GetName() == name {
+			return object
+		}
+	}
+	t.Fatalf("k8s has no %s %s", kind, name)
+	return nil
+}
+
+// resourceOf is the resource of a kind: its plural.
+func resourceOf(object *unstructured.Unstructured) schema.GroupVersionResource {
+	kind := object.GroupVersionKind()
+	plural := strings.ToLower(kind.Kind)
+	switch {
+	case strings.HasSuffix(plural, "y"):
+		plural = strings.TrimSuffix(plural, "y") + "ies"
+	case strings.HasSuffix(plural, "s"):
+		plural += "es"
+	default:
+		plural += "s"
+	}
+	return kind.GroupVersion().WithResource(plural)
+}
+
+// gatewayAPI is the module with the Gateway API's CustomResourceDefinitions: the
+// last version before those that need a newer Go.
+const gatewayAPI = "sigs.k8s.io/gateway-api@v1.6.3"
+
+// installHTTPRoute adds the HTTPRoute, which is not part of an API server, as
+// the Gateway API's standard channel has it.
+func (c cluster) installHTTPRoute(t testing.TB) {
+	t.Helper()
+	out, err := exec.Command("go", "mod", "download", "-json", gatewayAPI).Output()
+	var module struct{ Dir string }
+	if err := errors.Join(err, json.Unmarshal(out, &module)); err != nil {
+		t.Fatalf("downloading %s: %v\n%s", gatewayAPI, err, out)
+	}
+	definitions := readManifests(t, filepath.Join(module.Dir, "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"))
+	c.mustApply(t, "", definitions, false)
+	eventually(t, 30*time.Second, "HTTPRoute is established and served", func() error {
+		definition, err := c.admin.Resource(resourceOf(definitions[0])).Get(t.Context(), definitions[0].GetName(), metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		conditions, _, _ := unstructured.NestedSlice(definition.Object, "status", "conditions")
+		established := func(condition any) bool {
+			is := condition.(map[string]any)
+			return is["type"] == "Established" && is["status"] == "True"
+		}
+		if !slices.ContainsFunc(conditions, established) {
+			return fmt.Errorf("its conditions are %v", conditions)
+		}
+		_, err = c.admin.Resource(schema.GroupVersionResource{Group: "gateway.networking.k8s.io", Version: "v1", Resource: "httproutes"}).List(t.Context(), metav1.ListOptions{})
+		return err
+	})
+}
+
+// TestManifestsApply: every manifest is accepted, first as a dry run and then
+// for real, and the second time nothing changes.
+func TestManifestsApply(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	objects := readManifests(t, "../k8s/*.yaml")
+	// A dry run makes no namespace, so that the first one has to be there.
+	c.mustApply(t, "", objects[:1], false)
+	c.mustApply(t, "", objects, true)
+	first := c.mustApply(t, "", objects, false)
+	if second := c.mustApply(t, "", objects, false); !slices.Equal(first, second) {
+		t.Errorf("the second time something changed:\n%s\n%s", strings.Join(first, "\n"), strings.Join(second, "\n"))
+	}
+	c.namespace(t, "shop")
+	c.installHTTPRoute(t)
+	for _, pattern := range []string{"../k8s/namespaced/*.yaml", "../k8s/examples/*.yaml"} {
+		namespaced := readManifests(t, pattern)
+		c.mustApply(t, "shop", namespaced, true)
+		first := c.mustApply(t, "shop", namespaced, false)
+		if second := c.mustApply(t, "shop", namespaced, false); !slices.Equal(first, second) {
+			t.Errorf("%s: the second time something changed:\n%q\n%q", pattern, first, second)
+		}
+		objects = append(objects, namespaced...)
+	}
+	fmt.Printf("%s: %d objects applied twice, the second time without a change\n", t.Name(), len(objects))
+}
+
+// TestKubectlApply runs the README's commands for a cluster, on one that has
+// nothing yet: one apply makes all of it, the next says that nothing changed.
+func TestKubectlApply(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	commands := regexp.MustCompile(`(?m)^ +(kubectl .*)$`).FindAllStringSubmatch(string(readme), -1)
+	if len(commands) != 3 || commands[2][1] != "kubectl apply -f k8s/" {
+		t.Fatalf("the README's commands for a cluster: %q", commands)
+	}
+	env := []string{"PATH=" + c.bin + ":" + os.Getenv("PATH"), "HOME=" + t.TempDir(),
+		"KUBECONFIG=" + user{name: "admin", token: adminToken}.kubeconfig(t, c.url)}
+	run := func(command string) (lines []string) {
+		cmd := exec.Command("bash", "-euc", command)
+		cmd.Dir, cmd.Env = "..", env
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", command, err, out)
+		}
+		return strings.Split(strings.TrimSpace(string(out)), "\n")
+	}
+	run(commands[0][1])
+	run(commands[1][1])
+	objects := readManifests(t, "../k8s/*.yaml")
+	versions := map[string][]string{}
+	for _, want := range []string{" created", " unchanged"} {
+		lines := run(commands[2][1])
+		if len(lines) != len(objects) {
+			t.Errorf("%d lines for %d objects:\n%s", len(lines), len(objects), strings.Join(lines, "\n"))
+		}
+		for _, line := range lines {
+			switch {
+			case strings.HasSuffix(line, want):
+			case line == "namespace/"+home+" unchanged": // the first command made it
+			case strings.HasPrefix(line, "poddisruptionbudget.policy/") && strings.HasSuffix(line, " configured"):
+				// kubectl always sends its selector, whose merge strategy is to be
+				// replaced, and calls that configured.
+			default:
+				t.Errorf("kubectl says %q, want%s", line, want)
+			}
+		}
+		for _, object := range objects {
+			got, err := c.admin.Resource(resourceOf(object)).Namespace(object.GetNamespace()).Get(t.Context(), object.GetName(), metav1.GetOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			versions[want] = append(versions[want], object.GetKind()+" "+object.GetName()+" "+got.GetResourceVersion())
+		}
+	}
+	if !slices.Equal(versions[" created"], versions[" unchanged"]) {
+		t.Errorf("the second time something changed:\n%q\n%q", versions[" created"], versions[" unchanged"])
+	}
+}
+
+// TestManifestsRestricted: what the Deployments and the StatefulSet would
+// create passes Pod Security restricted, as the namespace enforces it, and
+// nobody but worker has a token.
+func TestManifestsRestricted(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	objects := c.install(t)
+	pods := schema.GroupVersionResource{Version: "v1", Resource: "pods"}
+	dryRun := func(name string, template map[string]any) (*unstructured.Unstructured, error) {
+		pod := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"]}}
+		pod.SetName(name)
+		return c.admin.Resource(pods).Namespace(home).Create(t.Context(), pod,
+			metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}, FieldValidation: metav1.FieldValidationStrict})
+	}
+	seen := 0
+	for _, object := range objects {
+		template, ok, _ := unstructured.NestedMap(object.Object, "spec", "template")
+		if !ok {
+			continue
+		}
+		seen++
+		name := object.GetName()
+		var pod *unstructured.Unstructured
+		eventually(t, 10*time.Second, "the pod of "+name+" is admitted", func() (err error) {
+			pod, err = dryRun(name, template) // the ServiceAccount is new to admission's cache
+			return err
+		})
+		if mounted := strings.Contains(asJSON(pod.Object), "serviceAccountToken"); mounted != (name == "worker") {
+			t.Errorf("%s: a token is mounted: %t", name, mounted)
+		}
+		if account, _, _ := unstructured.NestedString(pod.Object, "spec", "serviceAccountName"); account != name {
+			t.Errorf("%s runs as the ServiceAccount %q", name, account)
+		}
+
+		// The namespace does enforce it.
+		if err := unstructured.SetNestedField(template, true, "spec", "hostNetwork"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := dryRun(name, template); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "violates PodSecurity") {
+			t.Errorf("%s with hostNetwork: %v", name, err)
+		}
+	}
+	if seen != 3 {
+		t.Errorf("%d pod templates", seen)
+	}
+}
+
+// manifestContainer is the one container of a Deployment in k8s/.
+func manifestContainer(t testing.TB, file, name string) map[string]any {
+	t.Helper()
+	set := manifestNamed(t, readManifests(t, file), "Deployment", name)
+	containers, _, _ := unstructured.NestedSlice(set.Object, "spec", "template", "spec", "containers")
+	if len(containers) != 1 {
+		t.Fatalf("%s has %d containers", name, len(containers))
+	}
+	return containers[0].(map[string]any)
+}
+
+// memoryOf is a container's memory in bytes, of its requests or its limits.
+func memoryOf(t testing.TB, container map[string]any, kind string) int64 {
+	t.Helper()
+	value, _, _ := unstructured.NestedString(container, "resources", kind, "memory")
+	quantity, err := resource.ParseQuantity(value)
+	if err != nil {
+		t.Fatalf("memory %q: %v", value, err)
+	}
+	return quantity.Value()
+}
