@@ -31,13 +31,13 @@ func TestPausedAcrossEvent(t *testing.T) {
 	}
 
 	pause(true)
-	at := g.ledger.pushOnce(t, c, g.images[0])
+	at := g.journal.pushOnce(t, c, g.images[0])
 	g.recorder.waitRestartedAt(t, 5*time.Second, g.apps[2], stamp(at))
 	worker.waitLogged(t, 5*time.Second, "msg", "not restarted", "reason", "paused", "deployment", g.apps[0].name)
 	resumed(at)
 
 	pause(true)
-	at = g.ledger.pushOnce(t, c, g.images[0])
+	at = g.journal.pushOnce(t, c, g.images[0])
 	g.recorder.waitRestartedAt(t, 5*time.Second, g.apps[2], stamp(at))
 	worker.kill()
 	g.startWorker(t, "", "")
@@ -55,7 +55,7 @@ func TestGitOpsIsNotFought(t *testing.T) {
 	network := newTCPProxy(t, strings.TrimPrefix(sharedAPI.url, "https://"))
 	g.startWorker(t, "https://"+network.addr, "")
 	d := g.apps[0]
-	at := g.ledger.pushOnce(t, c, g.images[0])
+	at := g.journal.pushOnce(t, c, g.images[0])
 	g.recorder.waitRestartedAt(t, 5*time.Second, d, stamp(at))
 	d.annotate(t, "")
 	d.patch(t, `{"metadata":{"labels":{"touched":"yes"}}}`)
@@ -67,7 +67,7 @@ func TestGitOpsIsNotFought(t *testing.T) {
 	if got := restartedAt(d.get(t)); got != "" {
 		t.Errorf("restartedAt is back: %s", got)
 	}
-	g.ledger.pushOnce(t, c, g.images[0]) // and the next event counts
+	g.journal.pushOnce(t, c, g.images[0]) // and the next event counts
 	g.verify(t, 5*time.Second)
 }
 
@@ -83,12 +83,12 @@ func TestForeignRestartedAt(t *testing.T) {
 	for i, value := range []string{"2099-01-01T00:00:00Z", time.Now().Add(5 * time.Minute).In(time.FixedZone("", 7200)).Format(time.RFC3339), "soon", "2099-01-01T00:00:00.5Z"} {
 		g.apps[i].annotate(t, value)
 	}
-	first := g.ledger.pushOnce(t, c, future)
+	first := g.journal.pushOnce(t, c, future)
 	for _, d := range g.apps[:4] {
 		g.recorder.waitRestartedAt(t, 5*time.Second, d, stamp(first))
 	}
 	g.apps[0].annotate(t, "2099-01-01T00:00:00Z") // once more, over ours
-	g.ledger.pushOnce(t, c, future)
+	g.journal.pushOnce(t, c, future)
 
 	// kubectl rollout restart while no worker was there.
 	eventually(t, 5*time.Second, "the second event was delivered", func() error {

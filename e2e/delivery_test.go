@@ -22,13 +22,18 @@ type rig struct {
 	valkey    *valkeyServer
 	recorder  *recorder
 	user      user
-	ledger    *ledger
+	journal   *journal
 }
 
 // newRig has each image in so many Deployments.
 func newRig(t testing.TB, images, each int) *rig {
 	t.Helper()
-	g := &rig{namespace: newNamespace(t), images: newImages(images), valkey: startValkey(t)}
+	return newRigOn(t, startValkey(t), images, each)
+}
+
+func newRigOn(t testing.TB, v *valkeyServer, images, each int) *rig {
+	t.Helper()
+	g := &rig{namespace: newNamespace(t), images: newImages(images), valkey: v}
 	for i, image := range g.images {
 		for j := range each {
 			g.apps = append(g.apps, deployment{namespace: g.namespace, name: fmt.Sprintf("app-%d-%d", i, j), images: []string{image}})
@@ -37,7 +42,7 @@ func newRig(t testing.TB, images, each int) *rig {
 	createAll(t, g.apps)
 	g.recorder = record(t, g.namespace)
 	g.user = newWorkerUser(t, g.namespace)
-	g.ledger = newLedger()
+	g.journal = newJournal()
 	return g
 }
 
@@ -63,7 +68,7 @@ func (g *rig) startWorker(t testing.TB, api, valkey string, settings ...string) 
 
 func (g *rig) verify(t testing.TB, within time.Duration) {
 	t.Helper()
-	g.ledger.verify(t, g.valkey, g.recorder, g.apps, within)
+	g.journal.verify(t, g.valkey, g.recorder, g.apps, within)
 }
 
 // TestWorkerKilled: 500 events over 50 images and 200 Deployments, and the
@@ -74,7 +79,7 @@ func TestWorkerKilled(t *testing.T) {
 	c := newClient(startWeb(t, g.valkey.addr).url)
 	worker := g.startWorker(t, "", "")
 	for i := range 20 {
-		wait := g.ledger.pushMany(t.Context(), c, g.images, 25)
+		wait := g.journal.pushMany(t.Context(), c, g.images, 25)
 		time.Sleep(rand.N(250 * time.Millisecond))
 		worker.kill()
 		time.Sleep(rand.N(200 * time.Millisecond))
@@ -100,7 +105,7 @@ func TestValkeyKilled(t *testing.T) {
 	worker := g.startWorker(t, "", "")
 	c := newClient(web.url)
 	for i := range 20 {
-		wait := g.ledger.pushMany(t.Context(), c, g.images, 25)
+		wait := g.journal.pushMany(t.Context(), c, g.images, 25)
 		time.Sleep(rand.N(250 * time.Millisecond))
 		g.valkey.kill()
 		time.Sleep(rand.N(300 * time.Millisecond))
@@ -131,7 +136,7 @@ func TestAPIServerKilled(t *testing.T) {
 	c := newClient(startWeb(t, g.valkey.addr).url)
 	worker := g.startWorker(t, second.url, "")
 	for range 3 {
-		wait := g.ledger.pushMany(t.Context(), c, g.images, 40)
+		wait := g.journal.pushMany(t.Context(), c, g.images, 40)
 		time.Sleep(200 * time.Millisecond)
 		second.proc.kill()
 		if err := wait(); err != nil {
@@ -163,7 +168,7 @@ func TestThreeWorkers(t *testing.T) {
 	for round := range 3 {
 		var at []int64
 		for _, image := range g.images {
-			at = append(at, g.ledger.pushOnce(t, c, image))
+			at = append(at, g.journal.pushOnce(t, c, image))
 		}
 		for i, d := range g.apps {
 			g.recorder.waitRestartedAt(t, 10*time.Second, d, stamp(at[i/4]))
@@ -183,9 +188,9 @@ func TestThreeWorkers(t *testing.T) {
 	for range 20 {
 		for _, image := range g.images {
 			one := make(chan error, 1)
-			go func() { one <- g.ledger.push(t.Context(), c, image) }()
+			go func() { one <- g.journal.push(t.Context(), c, image) }()
 			time.Sleep(time.Millisecond)
-			if err := g.ledger.push(t.Context(), c, image); err != nil {
+			if err := g.journal.push(t.Context(), c, image); err != nil {
 				t.Error(err)
 			}
 			if err := <-one; err != nil {
@@ -215,7 +220,7 @@ func TestCrossingImages(t *testing.T) {
 	for range 30 {
 		done := make(chan error, 2)
 		for _, image := range g.images {
-			go func() { done <- g.ledger.push(t.Context(), c, image) }()
+			go func() { done <- g.journal.push(t.Context(), c, image) }()
 		}
 		for range g.images {
 			if err := <-done; err != nil {
@@ -235,7 +240,7 @@ func TestWebReplaced(t *testing.T) {
 	g.startWorker(t, "", "")
 	web := startWeb(t, g.valkey.addr)
 	service := newTCPProxy(t, strings.TrimPrefix(web.url, "http://"))
-	wait := g.ledger.pushMany(t.Context(), newClient("http://"+service.addr), g.images, 400)
+	wait := g.journal.pushMany(t.Context(), newClient("http://"+service.addr), g.images, 400)
 	for range 4 {
 		next := startWeb(t, g.valkey.addr)
 		service.retarget(strings.TrimPrefix(next.url, "http://"))
@@ -266,7 +271,7 @@ func TestInFlightAtSIGTERM(t *testing.T) {
 	c := newClient(web.url)
 	network.set(stall)
 	done := make(chan error, 1)
-	go func() { done <- g.ledger.push(t.Context(), c, g.images[0]) }()
+	go func() { done <- g.journal.push(t.Context(), c, g.images[0]) }()
 	time.Sleep(300 * time.Millisecond)
 	web.signal(syscall.SIGTERM)
 	time.Sleep(500 * time.Millisecond)
@@ -274,7 +279,7 @@ func TestInFlightAtSIGTERM(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	if g.ledger.retries > 0 {
+	if g.journal.retries > 0 {
 		t.Error("the request in flight was not answered")
 	}
 	if code := web.exitCode(t, 10*time.Second); code != 0 {
@@ -293,7 +298,7 @@ func TestHandover(t *testing.T) {
 
 	api.set(delaying(time.Second, everyPatch))
 	worker := g.startWorker(t, api.url, "")
-	at := g.ledger.pushOnce(t, c, g.images[0])
+	at := g.journal.pushOnce(t, c, g.images[0])
 	eventually(t, 5*time.Second, "all patches are under way", func() error {
 		for _, d := range g.apps {
 			if len(api.patchesOf(d)) == 0 {
@@ -314,7 +319,7 @@ func TestHandover(t *testing.T) {
 
 	api.set(answering(500, "", everyPatch))
 	worker = g.startWorker(t, api.url, "")
-	g.ledger.pushOnce(t, c, g.images[0])
+	g.journal.pushOnce(t, c, g.images[0])
 	eventually(t, 5*time.Second, "the worker has failed to patch", func() error {
 		if n := len(api.patchesOf(g.apps[0])); n < 3 {
 			return fmt.Errorf("%d tries", n)
@@ -337,7 +342,7 @@ func TestTenThousandRecorded(t *testing.T) {
 	measure := func(recordedImages int) (start, event time.Duration) {
 		g := newRig(t, 2, 1)
 		now := g.valkey.now(t)
-		command := []string{"ZADD", recorded}
+		command := []string{"ZADD", ledgerKey}
 		for i := range recordedImages {
 			command = append(command, fmt.Sprint(now-int64(i)*1000-1), fmt.Sprintf("ghcr.io/acme/e2e/recorded-%d:dev", i))
 		}
@@ -345,7 +350,7 @@ func TestTenThousandRecorded(t *testing.T) {
 			g.valkey.must(t, command...)
 		}
 		c := newClient(startWeb(t, g.valkey.addr).url)
-		at := g.ledger.pushOnce(t, c, g.images[0]) // for catch-up to find
+		at := g.journal.pushOnce(t, c, g.images[0]) // for catch-up to find
 		begun := time.Now()
 		g.startWorker(t, "", "")
 		start = g.recorder.waitRestartedAt(t, 20*time.Second, g.apps[0], stamp(at)).seen.Sub(begun)
@@ -361,7 +366,7 @@ func TestTenThousandRecorded(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			g.ledger.accepted[g.images[1]] = append(g.ledger.accepted[g.images[1]], at)
+			g.journal.add(g.images[1], at, begun)
 			took = append(took, g.recorder.waitRestartedAt(t, 10*time.Second, g.apps[1], stamp(at)).seen.Sub(begun))
 		}
 		slices.Sort(took)

@@ -23,7 +23,7 @@ import (
 func TestHarnessValkeyKeepsWhatItAnswered(t *testing.T) {
 	t.Parallel()
 	v := startValkey(t)
-	v.must(t, "ZADD", recorded, "1790000000123456", "ghcr.io/acme/api:dev")
+	v.must(t, "ZADD", ledgerKey, "1790000000123456", "ghcr.io/acme/api:dev")
 	v.kill()
 	if err := v.do(t, "PING").Error(); err == nil {
 		t.Fatal("a killed Valkey answers")
@@ -186,13 +186,33 @@ func TestHarnessAPIProxy(t *testing.T) {
 	if len(statuses) != 4 || statuses[0] != http.StatusOK || statuses[1] != 500 || statuses[2] != 0 || statuses[3] != 0 {
 		t.Errorf("the proxy counted %v", statuses)
 	}
-	p.deafen(true)
-	if err := patch(5 * time.Second); err != nil || event(500*time.Millisecond) {
-		t.Errorf("deaf: %v, or the watch heard of it", err)
+	p.lagWatches(700 * time.Millisecond)
+	if err := patch(5 * time.Second); err != nil || event(400*time.Millisecond) || !event(2*time.Second) {
+		t.Errorf("lagging: %v, or the event came early or never", err)
 	}
-	p.deafen(false)
-	if err := patch(5 * time.Second); err != nil || event(500*time.Millisecond) {
-		t.Errorf("deaf before: %v, or a watch that missed something went on", err)
+	p.lagWatches(0)
+	resume := p.stallWatches()
+	for range 2 {
+		if err := patch(5 * time.Second); err != nil || event(300*time.Millisecond) {
+			t.Errorf("stalled: %v, or the watch delivered", err)
+		}
+	}
+	resume()
+	for range 2 {
+		if !event(2 * time.Second) {
+			t.Error("resumed: an event is missing")
+		}
+	}
+	p.endWatches()
+	if event(2*time.Second) || p.openWatches() != 0 {
+		t.Error("ended: the watch went on")
+	}
+	if w, err = apps.Watch(t.Context(), metav1.ListOptions{}); err != nil || !event(2*time.Second) {
+		t.Fatalf("a new watch: %v, or it is silent", err)
+	}
+	p.loseWatches()
+	if err := patch(5 * time.Second); err != nil || event(500*time.Millisecond) || p.openWatches() != 1 {
+		t.Errorf("lost: %v, or the watch delivered or ended", err)
 	}
 	w.Stop()
 }

@@ -161,7 +161,7 @@ func TestSeveralTags(t *testing.T) {
 	}
 
 	// A bad one among good ones: refused, and none of it is on record.
-	before := asJSON(recordOf(t, p.valkey))
+	before := asJSON(ledgerOf(t, p.valkey))
 	for name, bad := range map[string]string{
 		"a bad tag":     fmt.Sprintf(`{"image":%q,"tags":["v1.2.3","v1","not a tag"]}`, repository),
 		"an empty tag":  fmt.Sprintf(`{"image":%q,"tags":["v1.2.3",""]}`, repository),
@@ -182,7 +182,7 @@ func TestSeveralTags(t *testing.T) {
 			t.Errorf(`%s: answered %d %s, want 400 {"error":…}`, name, a.status, a.body)
 		}
 	}
-	if after := asJSON(recordOf(t, p.valkey)); after != before {
+	if after := asJSON(ledgerOf(t, p.valkey)); after != before {
 		t.Errorf("refused requests left something on record:\nbefore %s\nafter  %s", before, after)
 	}
 	time.Sleep(300 * time.Millisecond)
@@ -191,10 +191,10 @@ func TestSeveralTags(t *testing.T) {
 	}
 }
 
-// recordOf is the whole sorted set.
-func recordOf(t testing.TB, v *valkeyServer) map[string]float64 {
+// ledgerOf is the whole sorted set.
+func ledgerOf(t testing.TB, v *valkeyServer) map[string]float64 {
 	t.Helper()
-	scores, err := v.must(t, "ZRANGE", recorded, "0", "-1", "WITHSCORES").AsZScores()
+	scores, err := v.must(t, "ZRANGE", ledgerKey, "0", "-1", "WITHSCORES").AsZScores()
 	if err != nil {
 		t.Fatal(err)
 	}

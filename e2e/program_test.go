@@ -71,7 +71,8 @@ func startWeb(t testing.TB, valkeyAddr string, settings ...string) *program {
 	return web
 }
 
-// launchWorker starts a worker that need not become ready.
+// launchWorker starts a worker that need not become ready. It defers nothing
+// unless the settings say otherwise; WORKER_RESTART_INTERVAL= is the default.
 func launchWorker(t testing.TB, binary, valkeyAddr, kubeconfig string, settings ...string) *program {
 	t.Helper()
 	ops := mustPort(t)
@@ -81,6 +82,8 @@ func launchWorker(t testing.TB, binary, valkeyAddr, kubeconfig string, settings 
 		"VALKEY_ADDR=" + valkeyAddr,
 		"ALLOWED_IMAGE_PREFIX=ghcr.io/acme",
 		"KUBECONFIG=" + kubeconfig,
+		// Most tests repeat requests and want a restart for each.
+		"WORKER_RESTART_INTERVAL=0",
 	}, settings...)...)
 	return worker
 }

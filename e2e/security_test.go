@@ -58,7 +58,7 @@ func TestDenied(t *testing.T) {
 			t.Errorf("%s: the answer is %q", d.name, a.body)
 		}
 	}
-	if set := recordOf(t, v); len(set) != 0 {
+	if set := ledgerOf(t, v); len(set) != 0 {
 		t.Errorf("refused requests are on record: %v", set)
 	}
 	if strings.Contains(web.stderr.String(), "eyJ") {

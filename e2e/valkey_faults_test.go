@@ -24,7 +24,7 @@ func TestSilentNetworkBeforeWorker(t *testing.T) {
 	for _, m := range []mode{stall, reset, refuse, stall} {
 		network.set(m)
 		silent := time.Now()
-		wait := g.ledger.pushMany(t.Context(), c, g.images, 20)
+		wait := g.journal.pushMany(t.Context(), c, g.images, 20)
 		reason := worker.waitNotReady(t, 7*time.Second)
 		noticed := time.Since(silent)
 		t.Logf("mode %d: not ready after %.1f s: %s", m, noticed.Seconds(), strings.TrimSpace(reason))
@@ -51,7 +51,7 @@ func TestSilentNetworkBeforeWeb(t *testing.T) {
 	web := startWeb(t, network.addr)
 	g.startWorker(t, "", "")
 	c := newClient(web.url)
-	g.ledger.pushOnce(t, c, g.images[0])
+	g.journal.pushOnce(t, c, g.images[0])
 	for _, m := range []mode{stall, reset, refuse} {
 		network.set(m)
 		silent := time.Now()
@@ -66,9 +66,9 @@ func TestSilentNetworkBeforeWeb(t *testing.T) {
 				if a.took > 3200*time.Millisecond {
 					t.Errorf("mode %d: the answer took %s, the promise is 3 s", m, a.took)
 				}
-				g.ledger.mu.Lock()
-				g.ledger.uncertain[image]++ // recorded if the bytes still arrive
-				g.ledger.mu.Unlock()
+				g.journal.mu.Lock()
+				g.journal.uncertain[image]++ // recorded if the bytes still arrive
+				g.journal.mu.Unlock()
 			})
 		}
 		reason := web.waitNotReady(t, 7*time.Second)
@@ -79,7 +79,7 @@ func TestSilentNetworkBeforeWeb(t *testing.T) {
 		}
 		singles.Wait()
 		// … and some that follow the workflow across it.
-		wait := g.ledger.pushMany(t.Context(), c, g.images, 20)
+		wait := g.journal.pushMany(t.Context(), c, g.images, 20)
 		time.Sleep(time.Second)
 		network.set(pass)
 		back := time.Now()
@@ -136,13 +136,13 @@ func TestFlood(t *testing.T) {
 	if slowest > limit {
 		t.Errorf("the slowest answer took %s", slowest)
 	}
-	g.ledger.uncertain[g.images[0]] += many
+	g.journal.uncertain[g.images[0]] += many
 	network.set(pass)
 	web.waitReady(t, 10*time.Second)
 	// What stayed in the socket may be recorded now, after all; the newest T
 	// comes last.
 	time.Sleep(500 * time.Millisecond)
-	g.ledger.pushOnce(t, c, g.images[0])
+	g.journal.pushOnce(t, c, g.images[0])
 	g.verify(t, 15*time.Second)
 }
 
@@ -152,7 +152,7 @@ func TestValkeyDownAtStart(t *testing.T) {
 	namespace, v := newNamespace(t), newValkey(t)
 	d := deployment{namespace: namespace, name: "api", images: []string{newImage()}}
 	d.create(t)
-	r, l := record(t, namespace), newLedger()
+	r, l := record(t, namespace), newJournal()
 	web := launchWeb(t, programPath, v.addr)
 	worker := launchWorker(t, programPath, v.addr, newWorkerUser(t, namespace).kubeconfig(t, sharedAPI.url), "WORKER_NAMESPACES="+namespace)
 	c := newClient(web.url)
@@ -218,7 +218,7 @@ func TestValkeyACL(t *testing.T) {
 	web := startWeb(t, g.valkey.addr, "VALKEY_USERNAME=web", "VALKEY_PASSWORD=web-horse")
 	worker := g.startWorker(t, "", "", "VALKEY_USERNAME=worker", "VALKEY_PASSWORD=worker-horse")
 	c := newClient(web.url)
-	if err := g.ledger.pushMany(t.Context(), c, g.images, 20)(); err != nil {
+	if err := g.journal.pushMany(t.Context(), c, g.images, 20)(); err != nil {
 		t.Fatal(err)
 	}
 	g.verify(t, 10*time.Second)

@@ -2,20 +2,24 @@ package e2e
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/valkey-io/valkey-go"
 )
 
-// channel is the default of VALKEY_CHANNEL, and recorded the sorted set in
-// which web keeps when each image was last asked for.
+// channel is the default of VALKEY_CHANNEL. The ledger is the sorted set in
+// which web keeps the newest request for each image.
 const (
-	channel  = "kuberollouttrigger"
-	recorded = channel + ":requested"
+	channel   = "kuberollouttrigger"
+	ledgerKey = channel + ":requested"
 )
 
 // valkeyServer is one valkey-server with a directory and a port of its own, so
@@ -23,8 +27,10 @@ const (
 type valkeyServer struct {
 	addr   string
 	args   []string
+	env    []string // beyond PATH
 	proc   *process
 	client valkey.Client // the test's own, for looking in
+	clock  *os.File      // holds what shift was given; nil without newShiftedValkey
 }
 
 func startValkey(t testing.TB, extra ...string) *valkeyServer {
@@ -50,7 +56,7 @@ func newValkey(t testing.TB, extra ...string) *valkeyServer {
 func (v *valkeyServer) start(t testing.TB) {
 	t.Helper()
 	var err error
-	if v.proc, err = startProcess("valkey", []string{"PATH=" + os.Getenv("PATH")}, "valkey-server", v.args...); err != nil {
+	if v.proc, err = startProcess("valkey", append(v.env, "PATH="+os.Getenv("PATH")), "valkey-server", v.args...); err != nil {
 		t.Fatal(err)
 	}
 	proc := v.proc
@@ -70,6 +76,43 @@ func (v *valkeyServer) start(t testing.TB) {
 		return v.do(t, "PING").Error()
 	})
 }
+
+// newShiftedValkey is a Valkey that is not running yet and whose clock shift
+// moves.
+func newShiftedValkey(t testing.TB) *valkeyServer {
+	t.Helper()
+	library, err := shiftClockLibrary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := newValkey(t)
+	if v.clock, err = os.CreateTemp(t.TempDir(), "clock"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { v.clock.Close() })
+	v.shift(t, 0)
+	v.env = []string{"LD_PRELOAD=" + library, "SHIFT_CLOCK_FILE=" + v.clock.Name()}
+	return v
+}
+
+// shift sets how far Valkey's clock is ahead of this machine's, at once if it is
+// running.
+func (v *valkeyServer) shift(t testing.TB, ahead time.Duration) {
+	t.Helper()
+	if _, err := v.clock.WriteAt(binary.NativeEndian.AppendUint64(nil, uint64(ahead.Microseconds())), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// shiftClockLibrary builds the library that is preloaded into valkey-server.
+var shiftClockLibrary = sync.OnceValues(func() (string, error) {
+	library := filepath.Join(tempRoot, "shiftclock.so")
+	out, err := exec.Command("cc", "-O2", "-shared", "-fPIC", "-o", library, "testdata/shiftclock.c").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("building the library that shifts Valkey's clock (it needs a C compiler, Debian: gcc libc6-dev): %w\n%s", err, out)
+	}
+	return library, nil
+})
 
 func (v *valkeyServer) kill() { v.proc.kill() }
 
@@ -93,13 +136,13 @@ func (v *valkeyServer) must(t testing.TB, command ...string) valkey.ValkeyResult
 // requestedAt is the T on record for an image, in µs, 0 if there is none.
 func (v *valkeyServer) requestedAt(t testing.TB, image string) int64 {
 	t.Helper()
-	result := v.must(t, "ZSCORE", recorded, image)
+	result := v.must(t, "ZSCORE", ledgerKey, image)
 	if valkey.IsValkeyNil(result.Error()) {
 		return 0
 	}
 	score, err := result.AsFloat64()
 	if err != nil {
-		t.Fatalf("valkey: ZSCORE %s %s: %v", recorded, image, err)
+		t.Fatalf("valkey: ZSCORE %s %s: %v", ledgerKey, image, err)
 	}
 	return int64(score) // µs until 2255 are exact in a double
 }
