@@ -28,18 +28,32 @@ import (
 // The valkey-server of these tests is started as the StatefulSet of k8s/ starts
 // it: with its valkey.conf, and the users.acl that its init container makes.
 
-// documentedSecret runs the documented command with a kubectl that only takes
-// down what it is given, and returns the Secret's data.
-func documentedSecret(t testing.TB) map[string]string {
+// documented is the first match in the pages of docs/, with its groups.
+func documented(t testing.TB, what string, pattern *regexp.Regexp) []string {
 	t.Helper()
-	page, err := os.ReadFile("../docs/install.md")
+	pages, err := filepath.Glob("../docs/*.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	command := regexp.MustCompile(`(?m)^kubectl -n kuberollouttrigger create secret generic valkey .*$`).FindString(string(page))
-	if command == "" {
-		t.Fatal("docs/install.md has no command that creates the Secret")
+	for _, page := range pages {
+		content, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if match := pattern.FindStringSubmatch(string(content)); match != nil {
+			return match
+		}
 	}
+	t.Fatalf("no page in docs/ has %s", what)
+	return nil
+}
+
+// documentedSecret runs the documented command with a kubectl that prints its
+// arguments, and returns the Secret's data.
+func documentedSecret(t testing.TB) map[string]string {
+	t.Helper()
+	command := documented(t, "the command that creates the Secret",
+		regexp.MustCompile(`(?m)^ *(kubectl -n kuberollouttrigger create secret generic valkey --from-literal.*)$`))[1]
 	cmd := exec.Command("bash", "-euc", `kubectl() { printf '%s\n' "$@"; }; `+command)
 	out, err := cmd.Output()
 	if err != nil {
@@ -271,7 +285,7 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	v := startManifestValkey(t, valkey.ClientOption{})
 	may := map[string][]string{
-		"web":    {"ping", "eval", "evalsha", "zadd", "zcard", "zscore", "zremrangebyscore", "time", "publish"},
+		"web":    {"ping", "eval", "evalsha", "zadd", "zcard", "zscore", "zrange", "zremrangebyscore", "time", "publish"},
 		"worker": {"ping", "subscribe", "zrevrangebyscore", "time"},
 		"probe":  {"ping"},
 	}
@@ -400,8 +414,8 @@ func arguments(t testing.TB, v *manifestValkey, command string) []string {
 	return words
 }
 
-// TestManifestValkeyTLS: with the settings of docs/recipes.md both processes speak
-// TLS to Valkey, and to nobody whose certificate another CA signed.
+// TestManifestValkeyTLS: with the documented settings both processes speak TLS to
+// Valkey, and to nobody whose certificate another CA signed.
 func TestManifestValkeyTLS(t *testing.T) {
 	t.Parallel()
 	_, certPEM, keyPEM, err := testCA.serverCert()
@@ -415,14 +429,7 @@ func TestManifestValkeyTLS(t *testing.T) {
 		}
 	}
 	// The lines that the page adds to valkey.conf, as arguments.
-	page, err := os.ReadFile("../docs/recipes.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	block := regexp.MustCompile("(?ms)^ *```text\n *port 0\n(.*?)^ *```").FindStringSubmatch(string(page))
-	if block == nil {
-		t.Fatal("docs/recipes.md has no settings for TLS")
-	}
+	block := documented(t, "the settings for TLS", regexp.MustCompile("(?ms)^ *```text\n *port 0\n(.*?)^ *```"))
 	extra := []string{"--port", "0"}
 	for line := range strings.Lines(block[1]) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")

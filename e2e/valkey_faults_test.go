@@ -188,7 +188,7 @@ func TestValkeyDownAtStart(t *testing.T) {
 
 // Least privilege in Valkey, as k8s/ and the docs give it.
 var (
-	webRights    = []string{"+ping", "+eval", "+evalsha", "+zadd", "+zcard", "+zscore", "+zremrangebyscore", "+time", "+publish"}
+	webRights    = []string{"+ping", "+eval", "+evalsha", "+zadd", "+zcard", "+zscore", "+zrange", "+zremrangebyscore", "+time", "+publish"}
 	workerRights = []string{"+ping", "+subscribe", "+zrevrangebyscore", "+time"}
 )
 
@@ -304,6 +304,7 @@ func TestValkeyRefuses(t *testing.T) {
 		{"wrong password", webRights, "wrong-horse", "WRONGPASS"},
 		{"no time", without(webRights, "+time"), "right-horse", "no permissions"},
 		{"no zadd", without(webRights, "+zadd"), "right-horse", "no permissions"},
+		{"no zrange", without(webRights, "+zrange"), "right-horse", "no permissions"},
 		{"no publish", without(webRights, "+publish"), "right-horse", "no permissions"},
 	} {
 		t.Run("web/"+b.name, func(t *testing.T) { check(t, "web", b, webRights, "%RW") })
