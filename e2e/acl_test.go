@@ -25,8 +25,8 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
-// The valkey-server of these tests is started as the StatefulSet of k8s/ starts
-// it: with its valkey.conf, and the users.acl that its init container makes.
+// The valkey-server of these tests starts as in the StatefulSet of k8s/: with its
+// valkey.conf and the users.acl that its init container writes.
 
 // documented is the first match in the pages of docs/, with its groups.
 func documented(t testing.TB, what string, pattern *regexp.Regexp) []string {
@@ -69,16 +69,15 @@ func documentedSecret(t testing.TB) map[string]string {
 	return data
 }
 
-// manifestValkey is a Valkey as k8s/ has it, with one user more, through whom
-// the test looks in.
+// manifestValkey is a Valkey as in k8s/, with one more user, whom the test uses.
 type manifestValkey struct {
 	*valkeyServer
 	secret map[string]string
 	dir    string
 }
 
-// startManifestValkey takes further settings as arguments, and what to connect
-// with if that is not the plain port.
+// startManifestValkey takes the options of the test's own client and further
+// arguments of valkey-server.
 func startManifestValkey(t testing.TB, options valkey.ClientOption, extra ...string) *manifestValkey {
 	t.Helper()
 	objects := readManifests(t, "../k8s/20-valkey.yaml")
@@ -195,8 +194,8 @@ func (m *manifestValkey) refusals(t testing.TB) int {
 	return len(entries)
 }
 
-// TestManifestValkey: web and worker do all that they do as the users of k8s/, the
-// probes work, and Valkey never has to refuse anything.
+// TestManifestValkey: web and the worker work with the users of k8s/, the probes
+// work, and Valkey denies nothing.
 func TestManifestValkey(t *testing.T) {
 	t.Parallel()
 	v := startManifestValkey(t, valkey.ClientOption{})
@@ -221,8 +220,7 @@ func TestManifestValkey(t *testing.T) {
 	startWorker(t, v.addr, kubeconfig, append(v.settings("worker"), "WORKER_NAMESPACES="+namespace)...)
 	r.waitRestartedAt(t, 10*time.Second, d, missed)
 
-	// The connections are idle for long enough to be tested with PING, and the
-	// readiness probe of the StatefulSet is answered.
+	// Long enough for the clients to send PING on idle connections.
 	time.Sleep(2500 * time.Millisecond)
 	for _, probe := range []string{"livenessProbe", "readinessProbe"} {
 		if err := v.runProbe(t, probe); err != nil {
@@ -234,8 +232,8 @@ func TestManifestValkey(t *testing.T) {
 		t.Errorf("ACL LOG has %d entries", n)
 	}
 
-	// A web in wrong hands can keep Valkey busy. Nobody may stop its script, so
-	// that the kubelet has to.
+	// A compromised web can keep Valkey busy with a script that nobody may stop.
+	// The probes must notice, so that the kubelet restarts Valkey.
 	evil, err := valkey.NewClient(valkey.ClientOption{InitAddress: []string{v.addr}, Username: "web", Password: v.secret["web"],
 		ForceSingleClient: true, DisableCache: true, ClientSetInfo: valkey.DisableClientSetInfo, DisableRetry: true})
 	if err != nil {
@@ -279,8 +277,8 @@ func (m *manifestValkey) runProbe(t testing.TB, name string) error {
 	return nil
 }
 
-// TestManifestValkeyLeastPrivilege: every command that Valkey has, but for those that
-// the user needs, is refused, and so is every other key and channel.
+// TestManifestValkeyLeastPrivilege: Valkey denies every command that the user does
+// not need, and every other key and channel.
 func TestManifestValkeyLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	v := startManifestValkey(t, valkey.ClientOption{})
@@ -289,7 +287,7 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 		"worker": {"ping", "subscribe", "zrevrangebyscore", "time"},
 		"probe":  {"ping"},
 	}
-	// Valkey lets nobody off these: a client can always say who it is and leave.
+	// Valkey allows these to everybody.
 	everybody := []string{"auth", "hello", "quit", "reset"}
 	all, err := v.must(t, "COMMAND", "LIST").AsStrSlice()
 	if err != nil || len(all) < 200 {
@@ -391,8 +389,8 @@ func noPermission(err error) bool {
 		strings.Contains(text, "ACL failure in script")
 }
 
-// arguments is a command with as many arguments as it must have; which ones
-// does not matter where the command itself is refused.
+// arguments is a command with as many arguments as it requires. Their values do
+// not matter where the command itself is denied.
 func arguments(t testing.TB, v *manifestValkey, command string) []string {
 	t.Helper()
 	words := strings.Split(command, "|")
@@ -473,7 +471,7 @@ func TestManifestValkeyTLS(t *testing.T) {
 	}
 }
 
-// otherCA is the certificate of a CA that signed nothing here.
+// otherCA is the certificate of a CA that no server here uses.
 func otherCA(t testing.TB) []byte {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -8,13 +8,10 @@ import (
 	"time"
 )
 
-// The same promise when what lies between the processes misbehaves: the API
-// server in trouble, a network that goes silent, a watch that dies without a
-// word, a Valkey that is not there or does not let them in.
+// Nothing is lost or doubled while the API server, or the way to it, misbehaves.
 
-// TestAPIServerInTrouble: a proxy before the API server answers 500, then 429
-// with Retry-After, then breaks requests off, then hangs, then cuts
-// connections, while events come in.
+// TestAPIServerInTrouble: under load, the API server answers 500, then 429 with
+// Retry-After, then breaks requests off, hangs, and cuts connections.
 func TestAPIServerInTrouble(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 10, 2)
@@ -49,9 +46,9 @@ func TestAPIServerInTrouble(t *testing.T) {
 	g.verify(t, 75*time.Second)
 }
 
-// TestRetryAfterIsHonoured: told to come again in two seconds, the worker does
-// not come sooner, and not much later.
-func TestRetryAfterIsHonoured(t *testing.T) {
+// TestRetryAfterIsHonored: told to retry in two seconds, the worker retries no
+// sooner and not much later.
+func TestRetryAfterIsHonored(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 1, 1)
 	c := newClient(startWeb(t, g.valkey.addr).url)
@@ -60,7 +57,7 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 	d := g.apps[0]
 	api.set(answering(429, "2", everyPatch))
 	g.journal.pushOnce(t, c, g.images[0])
-	eventually(t, 15*time.Second, "the worker has come three times", func() error {
+	eventually(t, 15*time.Second, "the worker has tried three times", func() error {
 		if n := len(api.patchesOf(d)); n < 3 {
 			return fmt.Errorf("%d times", n)
 		}
@@ -76,8 +73,8 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 	}
 }
 
-// TestOneBadDeployment: one that is always answered 500, and one whose patch
-// hangs, hold up no other that runs the same image.
+// TestOneBadDeployment: a Deployment whose patches are answered with 500, and one
+// whose patches hang, hold up no other that runs the same image.
 func TestOneBadDeployment(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 1, 20)
@@ -100,7 +97,7 @@ func TestOneBadDeployment(t *testing.T) {
 }
 
 // TestSilentNetworkBeforeAPIServer: the whole connection to the API server goes
-// silent, watch and all.
+// silent, including the watch.
 func TestSilentNetworkBeforeAPIServer(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 5, 2)
@@ -122,8 +119,8 @@ func TestSilentNetworkBeforeAPIServer(t *testing.T) {
 	g.verify(t, 20*time.Second)
 }
 
-// TestAbandonedConnection: the worker's connection to the API server is silent
-// for good, as after a NAT gateway forgot it, and a new one would work.
+// TestAbandonedConnection: the worker's connection to the API server is silent for
+// good, as when a NAT gateway has forgotten it. A new one works.
 func TestAbandonedConnection(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 5, 2)

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// ourStamp is restartedAt, and requestedAt, as the product writes it.
+// ourStamp is the form in which the product writes restartedAt and requestedAt.
 const ourStamp = "2006-01-02T15:04:05.000000Z"
 
 func stamp(us int64) string { return time.UnixMicro(us).UTC().Format(ourStamp) }
@@ -53,7 +53,7 @@ func (a answer) accepted() (accepted, int64, error) {
 	return body, at.UnixMicro(), nil
 }
 
-// client is a job that talks to one web.
+// client is a GitHub Actions job that talks to one web.
 type client struct {
 	url  string
 	now  func() time.Time // the clock its tokens are minted by

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// TestClocks: one web has a clock that is an hour ahead, and so have its
-// tokens; then the worker has. T is Valkey's, so nothing changes.
+// TestClocks: the clock of one web and of its tokens is an hour ahead, and then the
+// worker's is. T comes from Valkey's clock, so nothing changes.
 func TestClocks(t *testing.T) {
 	// Before Parallel: a build beside them would slow down all other tests.
 	ahead, err := skewedPath()
@@ -43,8 +43,8 @@ func TestClocks(t *testing.T) {
 	}
 	g.verify(t, 10*time.Second)
 
-	// A worker an hour ahead: everything on record is as old as its window by
-	// its own clock, and somebody's laptop, half an hour ahead, is in its past.
+	// By the clock of a worker that is an hour ahead, the whole ledger is as old as
+	// its window, and a laptop's clock half an hour ahead is in the past.
 	worker.kill()
 	for _, image := range g.images {
 		g.journal.pushOnce(t, right, image)

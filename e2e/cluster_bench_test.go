@@ -121,7 +121,7 @@ func (c cluster) restartAll(b *testing.B, job *client, image string, all []deplo
 	}
 }
 
-// each does something with all Deployments, sixteen at a time.
+// each calls do for all Deployments, sixteen at a time.
 func each(all []deployment, do func(deployment)) {
 	work := make(chan deployment)
 	var wg sync.WaitGroup

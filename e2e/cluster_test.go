@@ -13,14 +13,11 @@ import (
 	"k8s.io/client-go/dynamic"
 )
 
-// The manifests of k8s/ on an API server with RBAC and the admission plugins
-// that a normal cluster has, and worker in it as the ServiceAccount that they
-// make, with a token that the API server signed.
-
 // home is the namespace of the manifests.
 const home = "kuberollouttrigger"
 
-// cluster is an API server with nothing in it but what a test puts there.
+// cluster is an API server of a test's own, with RBAC and the admission plugins of
+// a normal cluster.
 type cluster struct{ *apiServer }
 
 func startCluster(t testing.TB) cluster {
@@ -80,7 +77,7 @@ func (c cluster) install(t testing.TB) []*unstructured.Unstructured {
 	return objects
 }
 
-// worker is the ServiceAccount of the manifests with a token of its own.
+// worker is the worker's ServiceAccount with a token that the API server signed.
 func (c cluster) worker(t testing.TB) user {
 	t.Helper()
 	request, err := c.admin.Resource(schema.GroupVersionResource{Version: "v1", Resource: "serviceaccounts"}).Namespace(home).Create(t.Context(),

@@ -62,8 +62,8 @@ func buildControlPlane() (string, error) {
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", err
 	}
-	// Built beside and renamed, so that a run that is interrupted, or one that
-	// does the same at the same time, never leaves half a directory.
+	// Renamed when complete, so that neither an interrupted run nor two at the same
+	// time leave half a directory.
 	building, err := os.MkdirTemp(cache, "building-")
 	if err != nil {
 		return "", err
@@ -104,8 +104,8 @@ func startEtcd(bin string) (*etcdServer, error) {
 		"--data-dir", filepath.Join(tempRoot, "etcd"), "--log-level", "warn",
 		"--listen-client-urls", e.url, "--advertise-client-urls", e.url,
 		"--listen-peer-urls", peerURL, "--initial-advertise-peer-urls", peerURL, "--initial-cluster", "default="+peerURL,
-		// Nothing here outlives the run, and the disk belongs to Valkey, whose
-		// fsync is what the product is measured with.
+		// Nothing here outlives the run. The product is measured with Valkey's fsync,
+		// which should have the disk for itself.
 		"--unsafe-no-fsync")
 	if err != nil {
 		return nil, err
@@ -244,7 +244,7 @@ func (a *apiServer) start() (err error) {
 	return nil
 }
 
-// user is somebody who may do in the cluster what a test grants him.
+// user may do in the cluster what a test grants.
 type user struct{ name, token string }
 
 func workerUser(i int) user {

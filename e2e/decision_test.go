@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// TestPausedAcrossEvent: paused when its image is pushed, it gets its restart
-// when it is resumed, also by a worker that was not there at the time.
-func TestPausedAcrossEvent(t *testing.T) {
+// TestPausedAcrossRequest: a Deployment that is paused when its image is requested
+// restarts when it is resumed, also by a worker that started in between.
+func TestPausedAcrossRequest(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 1, 3)
 	c := newClient(startWeb(t, g.valkey.addr).url)
@@ -45,9 +45,8 @@ func TestPausedAcrossEvent(t *testing.T) {
 	g.verify(t, 5*time.Second)
 }
 
-// TestGitOpsIsNotFought: a tool that takes the annotation away wins: neither
-// catch-up, nor another change to the Deployment, nor a watch that is opened
-// anew puts it back.
+// TestGitOpsIsNotFought: a tool that removes the annotation wins. Neither the
+// catch-up, nor another change to the Deployment, nor a new watch puts it back.
 func TestGitOpsIsNotFought(t *testing.T) {
 	g := newRig(t, 1, 1)
 	c := newClient(startWeb(t, g.valkey.addr).url)

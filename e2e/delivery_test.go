@@ -10,11 +10,11 @@ import (
 	"time"
 )
 
-// What was accepted is never lost, and nothing restarts twice: whoever is
-// killed, stopped or replaced, however many there are, whatever their clocks.
+// Nothing that was accepted is lost, and nothing restarts twice, whichever process
+// is killed, stopped or replaced, and however many there are.
 
-// rig is what a delivery test stands on: a Valkey, a namespace with Deployments
-// and a recorder of what happens to them.
+// rig is the setting of a delivery test: a Valkey, a namespace with Deployments and
+// a recorder of what happens to them.
 type rig struct {
 	namespace string
 	images    []string
@@ -25,7 +25,7 @@ type rig struct {
 	journal   *journal
 }
 
-// newRig has each image in so many Deployments.
+// newRig makes so many images and runs each in so many Deployments.
 func newRig(t testing.TB, images, each int) *rig {
 	t.Helper()
 	return newRigOn(t, startValkey(t), images, each)
@@ -71,8 +71,8 @@ func (g *rig) verify(t testing.TB, within time.Duration) {
 	g.journal.verify(t, g.valkey, g.recorder, g.apps, within)
 }
 
-// TestWorkerKilled: 500 events over 50 images and 200 Deployments, and the
-// worker gets a SIGKILL 20 times while they come in.
+// TestWorkerKilled: the worker gets a SIGKILL 20 times during 500 requests for 50
+// images of 200 Deployments.
 func TestWorkerKilled(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 50, 4)
@@ -84,8 +84,7 @@ func TestWorkerKilled(t *testing.T) {
 		worker.kill()
 		time.Sleep(rand.N(200 * time.Millisecond))
 		worker = g.launchWorker(t, "", "")
-		// Half of them are killed again whatever they were doing, half once
-		// they are at work.
+		// Half of them are killed again while they start, half once they are ready.
 		if i%2 == 0 {
 			worker.waitReady(t, 20*time.Second)
 		}
@@ -96,7 +95,7 @@ func TestWorkerKilled(t *testing.T) {
 	g.verify(t, 30*time.Second)
 }
 
-// TestValkeyKilled: the same load, and Valkey gets a SIGKILL 20 times. It comes
+// TestValkeyKilled: Valkey gets a SIGKILL 20 times under the same load, and comes
 // back with what it had on disk.
 func TestValkeyKilled(t *testing.T) {
 	t.Parallel()
@@ -114,7 +113,7 @@ func TestValkeyKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 		if i == 0 {
-			// Both find back by themselves, the worker before an event makes it.
+			// Both reconnect by themselves, the worker without a request.
 			web.waitReady(t, 5*time.Second)
 			worker.waitReady(t, 5*time.Second)
 		}
@@ -122,9 +121,8 @@ func TestValkeyKilled(t *testing.T) {
 	g.verify(t, 30*time.Second)
 }
 
-// TestAPIServerKilled: the worker's API server is killed and comes back, three
-// times. It is one of two on the same etcd: the recorder keeps watching the
-// other, which sees every generation.
+// TestAPIServerKilled: the worker's API server is killed three times. It is one of
+// two on the same etcd; the recorder watches the other and sees every generation.
 func TestAPIServerKilled(t *testing.T) {
 	t.Parallel()
 	second, err := startAPIServer(sharedAPI.bin, sharedEtcd, withoutServiceAccounts)
@@ -152,9 +150,9 @@ func TestAPIServerKilled(t *testing.T) {
 	worker.waitReady(t, 5*time.Second)
 }
 
-// TestThreeWorkers: three at once, one of which is a second behind with every
-// patch: one restart per event and Deployment, and the newer of two events that
-// are a millisecond apart is the one that stays.
+// TestThreeWorkers: three workers, one of which is a second late with every patch.
+// Each request costs one restart per Deployment, and of two requests a millisecond
+// apart the newer stands.
 func TestThreeWorkers(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 5, 4)
@@ -173,11 +171,11 @@ func TestThreeWorkers(t *testing.T) {
 		for i, d := range g.apps {
 			g.recorder.waitRestartedAt(t, 10*time.Second, d, stamp(at[i/4]))
 		}
-		// The slow one comes with all its patches in this time.
+		// Long enough for the slow worker's patches.
 		time.Sleep(2 * time.Second)
 		for _, d := range g.apps {
 			if got := g.recorder.restarts(d); got != round+1 {
-				t.Errorf("%s was restarted %d times for %d events: %s", d.key(), got, round+1, describe(g.recorder.of(d)))
+				t.Errorf("%s was restarted %d times for %d requests: %s", d.key(), got, round+1, describe(g.recorder.of(d)))
 			}
 		}
 	}
@@ -201,8 +199,8 @@ func TestThreeWorkers(t *testing.T) {
 	g.verify(t, 30*time.Second)
 }
 
-// TestCrossingImages: one Deployment, two images whose events cross in three
-// workers: the newest of both stays.
+// TestCrossingImages: requests for two images of one Deployment cross in three
+// workers, and the newer stands.
 func TestCrossingImages(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 0, 0)
@@ -232,8 +230,8 @@ func TestCrossingImages(t *testing.T) {
 	g.verify(t, 30*time.Second)
 }
 
-// TestWebReplaced: web is replaced under load, as a rolling update does it: the
-// new one is ready, the Service sends to it, the old one gets its SIGTERM.
+// TestWebReplaced: web is replaced under load, as in a rolling update: the new one
+// is ready, the Service sends to it, the old one gets its SIGTERM.
 func TestWebReplaced(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 20, 2)
@@ -254,9 +252,8 @@ func TestWebReplaced(t *testing.T) {
 	if err := wait(); err != nil {
 		t.Error(err)
 	}
-	// wait would have failed for an answer that the workflow does not try again.
-	// What it did try again is in the summary; on a machine that is busy enough,
-	// a connection may still be on its way after the pause above.
+	// wait fails for an answer that the workflow does not retry. Retries are in the
+	// summary: on a busy machine, a connection may take longer than the pause above.
 	g.verify(t, 15*time.Second)
 }
 
@@ -288,8 +285,8 @@ func TestInFlightAtSIGTERM(t *testing.T) {
 	g.verify(t, 10*time.Second)
 }
 
-// TestHandover: a worker that is stopped finishes the patch in flight, and what
-// it could not do the next one does.
+// TestHandover: a worker that is stopped finishes the patches in flight, and the
+// next worker does the rest.
 func TestHandover(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 1, 3)
@@ -334,19 +331,19 @@ func TestHandover(t *testing.T) {
 	g.verify(t, 10*time.Second)
 }
 
-// TestTenThousandRecorded: catch-up of 10,000 images takes less than a second,
-// and an event costs what it costs without them.
+// TestTenThousandInLedger: the catch-up of 10,000 images takes less than a second,
+// and they do not slow down a request.
 //
-// Not parallel, for the figures' sake.
-func TestTenThousandRecorded(t *testing.T) {
-	measure := func(recordedImages int) (start, event time.Duration) {
+// Not parallel, because it measures.
+func TestTenThousandInLedger(t *testing.T) {
+	measure := func(images int) (start, event time.Duration) {
 		g := newRig(t, 2, 1)
 		now := g.valkey.now(t)
 		command := []string{"ZADD", ledgerKey}
-		for i := range recordedImages {
-			command = append(command, fmt.Sprint(now-int64(i)*1000-1), fmt.Sprintf("ghcr.io/acme/e2e/recorded-%d:dev", i))
+		for i := range images {
+			command = append(command, fmt.Sprint(now-int64(i)*1000-1), fmt.Sprintf("ghcr.io/acme/e2e/old-%d:dev", i))
 		}
-		if recordedImages > 0 {
+		if images > 0 {
 			g.valkey.must(t, command...)
 		}
 		c := newClient(startWeb(t, g.valkey.addr).url)
@@ -376,16 +373,16 @@ func TestTenThousandRecorded(t *testing.T) {
 	emptyStart, emptyEvent := measure(0)
 	fullStart, fullEvent := measure(10000)
 	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
-	fmt.Printf("%s: start of the worker to the restart it owed: %.0f ms with 1 image recorded, %.0f ms with 10,000; one event: %.1f ms and %.1f ms\n",
+	fmt.Printf("%s: start of the worker to the restart it owed: %.0f ms with 1 image in the ledger, %.0f ms with 10,000; one request: %.1f ms and %.1f ms\n",
 		t.Name(), ms(emptyStart), ms(fullStart), ms(emptyEvent), ms(fullEvent))
 	bound := time.Second
 	if raceDetecting {
 		bound = 5 * time.Second // the race detector makes parsing ten times as dear
 	}
 	if fullStart-emptyStart > bound {
-		t.Errorf("10,000 recorded images delay catch-up by %s", fullStart-emptyStart)
+		t.Errorf("10,000 images in the ledger delay the catch-up by %s", fullStart-emptyStart)
 	}
 	if fullEvent > 4*emptyEvent+20*time.Millisecond {
-		t.Errorf("an event takes %s with 10,000 images recorded, %s without", fullEvent, emptyEvent)
+		t.Errorf("a request takes %s with 10,000 images in the ledger, %s without", fullEvent, emptyEvent)
 	}
 }

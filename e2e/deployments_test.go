@@ -152,16 +152,15 @@ func restartedAt(object *unstructured.Unstructured) string {
 	return value
 }
 
-// step is one generation of a Deployment as the watch showed it.
+// step is one generation of a Deployment as the recorder's watch showed it.
 type step struct {
 	generation  int64
 	restartedAt string
 	seen        time.Time
 }
 
-// recorder watches namespaces on the shared API server and keeps every
-// generation of every Deployment in them. What the product does is judged by
-// what is recorded here, not by what the product says.
+// recorder watches namespaces on the shared API server and keeps every generation
+// of every Deployment in them. Tests judge the product by this, not by its log.
 type recorder struct {
 	mu      sync.Mutex
 	steps   map[string][]step

@@ -17,10 +17,10 @@ import (
 	"k8s.io/client-go/dynamic"
 )
 
-// The tests below are of the harness: a fault that is not really there would
-// make every test of a fault pass.
+// These tests are about the harness: if a fault were not really there, every test
+// of that fault would pass.
 
-func TestHarnessValkeyKeepsWhatItAnswered(t *testing.T) {
+func TestHarnessValkeyPersists(t *testing.T) {
 	t.Parallel()
 	v := startValkey(t)
 	v.must(t, "ZADD", ledgerKey, "1790000000123456", "ghcr.io/acme/api:dev")
@@ -30,7 +30,7 @@ func TestHarnessValkeyKeepsWhatItAnswered(t *testing.T) {
 	}
 	v.start(t)
 	if at := v.requestedAt(t, "ghcr.io/acme/api:dev"); at != 1790000000123456 {
-		t.Errorf("after a kill the record says %d", at)
+		t.Errorf("after a kill the ledger says %d", at)
 	}
 }
 

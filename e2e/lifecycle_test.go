@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// TestMissingConfig: one message that names all that is missing, exit code 2.
+// TestMissingConfig: one message names all that is missing, with exit code 2.
 func TestMissingConfig(t *testing.T) {
 	for mode, names := range map[string][]string{
 		"web":    {"VALKEY_ADDR", "--valkey-addr", "ALLOWED_IMAGE_PREFIX", "--allowed-image-prefix", "GITHUB_OIDC_AUDIENCE", "GITHUB_ALLOWED_ORG"},
@@ -29,7 +29,7 @@ func TestMissingConfig(t *testing.T) {
 	}
 }
 
-// TestSIGTERM: both stop being ready, end soon, and with success.
+// TestSIGTERM: both processes end soon and with success.
 func TestSIGTERM(t *testing.T) {
 	p := startPair(t)
 	for _, one := range []*program{p.web, p.worker} {
@@ -40,7 +40,7 @@ func TestSIGTERM(t *testing.T) {
 	}
 }
 
-// TestSecondSignal: the first one drains, the second one ends the process at once.
+// TestSecondSignal: the first signal drains, the second ends the process at once.
 func TestSecondSignal(t *testing.T) {
 	web := startWeb(t, startValkey(t).addr)
 	conn, err := net.Dial("tcp", strings.TrimPrefix(web.url, "http://"))

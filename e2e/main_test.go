@@ -6,11 +6,12 @@
 //
 // The control plane is built from the Go module proxy into E2E_CACHE (default:
 // kuberollouttrigger-e2e in the user's cache directory), about five minutes the
-// first time. valkey-server must be installed. Nothing outside loopback is
-// spoken to once the binaries are built and the Gateway API's module is there.
+// first time. valkey-server and a C compiler must be installed. Once the
+// binaries are built and the Gateway API's module is there, all traffic stays on
+// loopback.
 //
-// Every test has namespaces, a Valkey, a web and workers of its own; all share
-// one API server, so image names must not repeat between tests (see images).
+// Every test has namespaces, a Valkey, a web and workers of its own. All share one
+// API server, so no two tests may use the same image name (see newImage).
 package e2e
 
 import (
@@ -75,9 +76,9 @@ func run(m *testing.M) (code int) {
 			os.RemoveAll(tempRoot)
 		})
 	}
-	// Deferred, so that a panic in here cleans up too. A panic in a test or the
-	// -timeout ends this process at once: then Pdeathsig ends the children, and
-	// removeStaleTempDirs the directory, next time.
+	// Deferred, so that a panic in here cleans up too. A panic in a test and the
+	// -timeout end this process at once: then Pdeathsig ends the children, and the
+	// next run removes the directory.
 	defer cleanUp()
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
@@ -114,8 +115,8 @@ func run(m *testing.M) (code int) {
 	return m.Run()
 }
 
-// removeStaleTempDirs removes what runs that ended without a chance to clean up
-// left behind: directories named after a process that is no more.
+// removeStaleTempDirs removes what runs left behind that could not clean up:
+// directories named after a process that has ended.
 func removeStaleTempDirs() {
 	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), "kuberollouttrigger-e2e-*-*"))
 	for _, dir := range dirs {
@@ -151,8 +152,8 @@ func buildProgram(name string, extra ...string) (string, error) {
 }
 
 // buildSkewedProgram builds the program with a clock that is one hour ahead. A
-// static Go binary reads the clock without libc, so nothing from outside
-// (libfaketime, a time namespace) can move it; one line in package time can.
+// static Go binary reads the clock without libc, so that only a line in package
+// time can shift it.
 func buildSkewedProgram() (string, error) {
 	goroot, err := exec.Command("go", "env", "GOROOT").Output()
 	if err != nil {

@@ -22,8 +22,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/yaml"
 )
 
-// readManifests parses the files that match a pattern, in the order in which
-// kubectl takes them.
+// readManifests parses the files that match a pattern, in kubectl's order.
 func readManifests(t testing.TB, pattern string) (objects []*unstructured.Unstructured) {
 	t.Helper()
 	names, err := filepath.Glob(pattern)
@@ -78,12 +77,11 @@ func resourceOf(object *unstructured.Unstructured) schema.GroupVersionResource {
 	return kind.GroupVersion().WithResource(plural)
 }
 
-// gatewayAPI is the module with the Gateway API's CustomResourceDefinitions: the
-// last version before those that need a newer Go.
+// gatewayAPI is the module with the Gateway API's CustomResourceDefinitions, in the
+// last version that this Go can load.
 const gatewayAPI = "sigs.k8s.io/gateway-api@v1.6.3"
 
-// installHTTPRoute adds the HTTPRoute, which is not part of an API server, as
-// the Gateway API's standard channel has it.
+// installHTTPRoute adds the kind HTTPRoute of the Gateway API's standard channel.
 func (c cluster) installHTTPRoute(t testing.TB) {
 	t.Helper()
 	out, err := exec.Command("go", "mod", "download", "-json", gatewayAPI).Output()
@@ -111,8 +109,8 @@ func (c cluster) installHTTPRoute(t testing.TB) {
 	})
 }
 
-// TestManifestsApply: every manifest is accepted, first as a dry run and then
-// for real, and the second time nothing changes.
+// TestManifestsApply: every manifest is accepted, first as a dry run and then for
+// real. Applied again, it changes nothing.
 func TestManifestsApply(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
@@ -138,8 +136,8 @@ func TestManifestsApply(t *testing.T) {
 	fmt.Printf("%s: %d objects applied twice, the second time without a change\n", t.Name(), len(objects))
 }
 
-// TestKubectlApply runs the README's commands for a cluster, on one that has
-// nothing yet: one apply makes all of it, the next says that nothing changed.
+// TestKubectlApply runs the README's commands on an empty cluster. One apply makes
+// everything, and the next says that nothing changed.
 func TestKubectlApply(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
@@ -195,9 +193,9 @@ func TestKubectlApply(t *testing.T) {
 	}
 }
 
-// TestManifestsRestricted: what the Deployments and the StatefulSet would
-// create passes Pod Security restricted, as the namespace enforces it, and
-// nobody but worker has a token.
+// TestManifestsRestricted: the pods of the Deployments and the StatefulSet pass the
+// Pod Security level restricted, which the namespace enforces, and only the worker
+// has a token.
 func TestManifestsRestricted(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)

@@ -13,7 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
-// pair is a Valkey, a web and a worker with one namespace of its own.
+// pair is a Valkey, a web and a worker with a namespace of their own.
 type pair struct {
 	namespace  string
 	valkey     *valkeyServer
@@ -40,8 +40,8 @@ func (p *pair) app(name string, images ...string) deployment {
 	return deployment{namespace: p.namespace, name: name, images: images}
 }
 
-// TestOneEvent is the product in one test, and what the patch does to the
-// Deployment, to the last member.
+// TestOneEvent is the product in one test, with all that the patch does to the
+// Deployment.
 func TestOneEvent(t *testing.T) {
 	p := startPair(t)
 	image := newImage()
@@ -69,8 +69,8 @@ func TestOneEvent(t *testing.T) {
 	if now := p.valkey.now(t); at > now || at < now-10e6 {
 		t.Errorf("T is %s, and Valkey's clock says %s", stamp(at), stamp(now))
 	}
-	if record := p.valkey.requestedAt(t, image); record != at {
-		t.Errorf("%s is recorded in Valkey, want T = %s", stamp(record), stamp(at))
+	if got := p.valkey.requestedAt(t, image); got != at {
+		t.Errorf("the ledger has %s, want T = %s", stamp(got), stamp(at))
 	}
 	r.waitRestartedAt(t, 10*time.Second, d, stamp(at))
 
@@ -79,7 +79,7 @@ func TestOneEvent(t *testing.T) {
 		t.Errorf("the log line of the restart is %v", line)
 	}
 
-	// Nothing but the annotation, and what the API server itself keeps count of.
+	// Nothing changes but the annotation and what the API server itself counts.
 	after := d.get(t)
 	if got, want := after.GetGeneration(), before.GetGeneration()+1; got != want {
 		t.Errorf("generation is %d, want %d", got, want)
@@ -122,8 +122,8 @@ func asJSON(v any) string {
 	return string(raw)
 }
 
-// TestSeveralTags: the tags of one push are one request: one T for all, each
-// Deployment once, and all or nothing.
+// TestSeveralTags: the tags of one push share one T and restart each Deployment
+// once. A bad one among them refuses all.
 func TestSeveralTags(t *testing.T) {
 	p := startPair(t)
 	repository := newRepository()
@@ -147,7 +147,7 @@ func TestSeveralTags(t *testing.T) {
 	}
 	for _, image := range want {
 		if got := p.valkey.requestedAt(t, image); got != at {
-			t.Errorf("%s is recorded at %s, want the one T, %s", image, stamp(got), stamp(at))
+			t.Errorf("the ledger has %s at %s, want the one T, %s", image, stamp(got), stamp(at))
 		}
 	}
 	for _, d := range []deployment{first, second, both} {
@@ -160,7 +160,7 @@ func TestSeveralTags(t *testing.T) {
 		}
 	}
 
-	// A bad one among good ones: refused, and none of it is on record.
+	// A bad tag among good ones: refused, and nothing enters the ledger.
 	before := asJSON(ledgerOf(t, p.valkey))
 	for name, bad := range map[string]string{
 		"a bad tag":     fmt.Sprintf(`{"image":%q,"tags":["v1.2.3","v1","not a tag"]}`, repository),
@@ -183,7 +183,7 @@ func TestSeveralTags(t *testing.T) {
 		}
 	}
 	if after := asJSON(ledgerOf(t, p.valkey)); after != before {
-		t.Errorf("refused requests left something on record:\nbefore %s\nafter  %s", before, after)
+		t.Errorf("refused requests changed the ledger:\nbefore %s\nafter  %s", before, after)
 	}
 	time.Sleep(300 * time.Millisecond)
 	if got := r.restarts(first) + r.restarts(second) + r.restarts(both); got != 3 {
@@ -191,7 +191,7 @@ func TestSeveralTags(t *testing.T) {
 	}
 }
 
-// ledgerOf is the whole sorted set.
+// ledgerOf is the whole ledger.
 func ledgerOf(t testing.TB, v *valkeyServer) map[string]float64 {
 	t.Helper()
 	scores, err := v.must(t, "ZRANGE", ledgerKey, "0", "-1", "WITHSCORES").AsZScores()
@@ -205,8 +205,8 @@ func ledgerOf(t testing.TB, v *valkeyServer) map[string]float64 {
 	return set
 }
 
-// TestWhereImagesAre: every field of a pod template that names an image, and
-// every way to write the same one.
+// TestWhereImagesAre: every field of a pod template that names an image counts, and
+// every way to write the same image.
 func TestWhereImagesAre(t *testing.T) {
 	p := startPair(t, "ALLOWED_IMAGE_PREFIX=ghcr.io/acme,docker.io/library")
 	web := startWeb(t, p.valkey.addr, "ALLOWED_IMAGE_PREFIX=ghcr.io/acme,docker.io/library")
@@ -222,7 +222,7 @@ func TestWhereImagesAre(t *testing.T) {
 	createAll(t, []deployment{inContainer, inSecond, inInit, inVolume, pinned, shortName})
 	r := record(t, p.namespace)
 
-	// Once the last of them is restarted, worker knows them all.
+	// Once the last of them has restarted, the worker knows all.
 	full := "docker.io/library/" + short + ":latest"
 	at := c.mustPush(t, full)
 	r.waitRestartedAt(t, 10*time.Second, shortName, stamp(at))
@@ -243,8 +243,8 @@ func TestWhereImagesAre(t *testing.T) {
 	}
 }
 
-// TestPausedIsNotRestarted; what happens when it is resumed is in
-// TestPausedAcrossEvent.
+// TestPausedIsNotRestarted: see TestPausedAcrossRequest for what happens when it is
+// resumed.
 func TestPausedIsNotRestarted(t *testing.T) {
 	p := startPair(t)
 	image := newImage()
@@ -259,7 +259,8 @@ func TestPausedIsNotRestarted(t *testing.T) {
 	r.mustNotChange(t, paused, 500*time.Millisecond)
 }
 
-// TestPullPolicyWarning: restarted, with a warning that the node may not pull.
+// TestPullPolicyWarning: a Deployment whose nodes may not pull the image restarts
+// with a warning.
 func TestPullPolicyWarning(t *testing.T) {
 	p := startPair(t)
 	image := newImage()
@@ -280,10 +281,10 @@ func TestPullPolicyWarning(t *testing.T) {
 	}
 }
 
-// TestLatency: from the first byte of the POST until a watch shows the patched
-// Deployment, on the real API server and with fsync at every write. The bar is
-// 10 ms at the median on a quiet machine; the bound here only catches what is
-// wrong by kind (a poll, a rate limit), so that a busy machine does not fail it.
+// TestLatency measures from the first byte of the POST until a watch shows the
+// patched Deployment, with fsync at every write. The bar is a median of 10 ms on a
+// quiet machine. The bound here catches a poll or a rate limit, and holds on a busy
+// machine.
 func TestLatency(t *testing.T) {
 	p := startPair(t)
 	image := newImage()

@@ -43,8 +43,7 @@ func (o *output) String() string {
 	return o.buf.String()
 }
 
-// tail is the end of the output: enough to see why, not so much that the reason
-// drowns.
+// tail is the end of the output.
 func (o *output) tail(lines int) string {
 	all := strings.Split(strings.TrimRight(o.String(), "\n"), "\n")
 	if cut := len(all) - lines; cut > 0 {
@@ -71,8 +70,8 @@ var (
 	})
 )
 
-// startProcess starts path with exactly the environment given: what the tests
-// rely on must not come from the machine they run on.
+// startProcess starts path with exactly the environment given, so that nothing of
+// this machine's environment matters.
 func startProcess(name string, env []string, path string, args ...string) (*process, error) {
 	p := &process{name: name, cmd: exec.Command(path, args...), done: make(chan struct{})}
 	p.cmd.Env = env
@@ -100,7 +99,7 @@ func startProcess(name string, env []string, path string, args ...string) (*proc
 	return p, nil
 }
 
-// killAll ends every process this run has started, and lets no new one start.
+// killAll ends every process that this run has started, and lets no new one start.
 func killAll() {
 	runningMu.Lock()
 	closing = true
@@ -142,9 +141,8 @@ func (p *process) exited() bool {
 	}
 }
 
-// ownedBy ties the process to a test: it ends with it, its output is shown if
-// the test failed, and a crash or a data race fails the test whatever it is
-// about.
+// ownedBy ends the process with the test, shows its output if the test failed, and
+// fails the test if the process crashed or raced.
 func (p *process) ownedBy(t testing.TB) {
 	t.Cleanup(func() {
 		p.kill()
@@ -174,9 +172,8 @@ func (l logLine) is(pairs ...string) bool {
 	return true
 }
 
-// logs are the JSON lines on the process's standard error. What is not JSON is
-// not skipped: the log is promised to be JSON, apart from the last message of a
-// process that could not even start, which tests read from stderr itself.
+// logs are the JSON lines on the process's standard error. A line that is not JSON
+// is an error. Tests of a process that cannot start read stderr itself.
 func (p *process) logs(t testing.TB) []logLine {
 	t.Helper()
 	var lines []logLine

@@ -16,8 +16,8 @@ type program struct {
 	ops string // URL of the ops port
 }
 
-// launch starts the program. The settings are NAME=value and replace earlier
-// ones of the same name; NAME= alone takes the variable away.
+// launch starts the program. The settings are NAME=value and replace earlier ones
+// of the same name. NAME= alone unsets the variable.
 func launch(t testing.TB, binary, mode string, settings ...string) *process {
 	t.Helper()
 	values, order := map[string]string{}, []string{}

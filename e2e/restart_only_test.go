@@ -18,8 +18,8 @@ import (
 	"k8s.io/client-go/dynamic"
 )
 
-// awaitPolicy waits until the API server enforces the policy, of which it
-// learns through a watch of its own. A dry run goes through admission too.
+// awaitPolicy waits until the API server enforces the policy, which reaches it
+// through a watch of its own. A dry run goes through admission too.
 func (c cluster) awaitPolicy(t testing.TB, client dynamic.Interface, d deployment) {
 	t.Helper()
 	eventually(t, 30*time.Second, "the policy is enforced", func() error {
@@ -37,8 +37,7 @@ const (
 	policyRefused = "the policy, 422"
 )
 
-// refusedBy says who refused, from the status code and the words of the API
-// server.
+// refusedBy says who refused, from the API server's status code and message.
 func refusedBy(err error) (by string, code int32) {
 	var status apierrors.APIStatus
 	if !errors.As(err, &status) {
@@ -54,8 +53,8 @@ func refusedBy(err error) (by string, code int32) {
 	return fmt.Sprintf("something else: %v", err), code
 }
 
-// TestRestartOnly: worker restarts Deployments as its ServiceAccount, and
-// nothing else can be done with its token.
+// TestRestartOnly: with its ServiceAccount the worker restarts Deployments, and its
+// token allows nothing else.
 func TestRestartOnly(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
@@ -65,8 +64,8 @@ func TestRestartOnly(t *testing.T) {
 	c.namespace(t, "shop")
 	d := deployment{namespace: "shop", name: "api", images: []string{newImage()}, labels: map[string]string{"team": "a"}, restartedAt: "2026-01-01T00:00:00Z"}
 	c.create(t, d)
-	// As much as a Deployment can well be: the policy's expressions have a
-	// budget, and must not use it up.
+	// A very large Deployment: the policy's expressions have a budget, and must not
+	// exceed it.
 	large := deployment{namespace: "shop", name: "large", images: newImages(40)}
 	object := &unstructured.Unstructured{Object: large.object()}
 	containers, _, _ := unstructured.NestedSlice(object.Object, "spec", "template", "spec", "containers")
@@ -243,7 +242,7 @@ func TestRestartOnly(t *testing.T) {
 		t.Errorf("the Deployment was changed:\nbefore %s\nafter  %s", before, after)
 	}
 
-	// Whoever grants worker too much by mistake still finds the policy there.
+	// The policy still holds if somebody grants the worker too much by mistake.
 	if _, err := c.admin.Resource(rbacGroup.WithResource("clusterrolebindings")).Create(t.Context(), &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": rbacGroup.String(), "kind": "ClusterRoleBinding", "metadata": metadata("mistake"),
 		"roleRef":  map[string]any{"kind": "ClusterRole", "name": "cluster-admin", "apiGroup": rbacGroup.Group},
@@ -275,13 +274,13 @@ func TestRestartOnly(t *testing.T) {
 		t.Errorf("the Deployment was changed:\nbefore %s\nafter  %s", before, after)
 	}
 
-	// Nobody else is held to it.
+	// The policy limits nobody else.
 	c.patch(t, d, `{"spec":{"replicas":3}}`)
 	fmt.Printf("%s: the restart passes; %d changes refused by RBAC, %d by the policy (cluster-admin by mistake included)\n", t.Name(), count[rbacRefused], count[policyRefused])
 }
 
 // TestRestartOnlyNamespaced: with the Role of k8s/namespaced/ instead of the
-// ClusterRole, worker restarts there and may not even look elsewhere.
+// ClusterRole, the worker restarts there and cannot read other namespaces.
 func TestRestartOnlyNamespaced(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
@@ -307,7 +306,7 @@ func TestRestartOnlyNamespaced(t *testing.T) {
 	if at := restartedAt(c.get(t, outside)); at != "" {
 		t.Errorf("a Deployment outside was restarted at %s", at)
 	}
-	// A worker that is to watch everything says which right it lacks.
+	// A worker that watches all namespaces exits, because it lacks the right.
 	all := launchWorker(t, programPath, valkey.addr, account.kubeconfig(t, c.url))
 	all.waitLogged(t, 20*time.Second, "msg", "exiting")
 

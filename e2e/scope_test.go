@@ -57,8 +57,8 @@ func TestSelector(t *testing.T) {
 	r.mustNotChange(t, db, 0)
 }
 
-// TestForbiddenScope: what the worker may not see is an error at once, with all
-// that is needed to mend the Role.
+// TestForbiddenScope: a scope that RBAC forbids is an error at once, with all that
+// is needed to fix the Role.
 func TestForbiddenScope(t *testing.T) {
 	v := startValkey(t)
 	allowed, forbidden := newNamespace(t), newNamespace(t)
@@ -89,8 +89,8 @@ func TestForbiddenScope(t *testing.T) {
 	}
 }
 
-// TestPatchForbidden: a Role without patch is noticed when it is needed; the
-// request is not given up, and mending the Role is enough.
+// TestPatchForbidden: a Role without patch is reported when the worker needs it. The
+// worker keeps trying, so that fixing the Role is enough.
 func TestPatchForbidden(t *testing.T) {
 	t.Parallel()
 	v, namespace := startValkey(t), newNamespace(t)

@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// TestDenied is the smoke of what web refuses; the whole list is tested in the
-// program's own module, on the same handler.
+// TestDenied is a smoke test of what web denies. The unit tests have the whole list,
+// on the same handler.
 func TestDenied(t *testing.T) {
 	v := startValkey(t)
 	web := startWeb(t, v.addr)
@@ -39,7 +39,7 @@ func TestDenied(t *testing.T) {
 		{"another issuer", with(map[string]any{"iss": github.URL + "/"}), image, 401},
 		{"expired", github.mint(now.Add(-10*time.Minute), nil), image, 401},
 		{"not yet valid", github.mint(now.Add(20*time.Minute), nil), image, 401},
-		{"another organisation", with(map[string]any{"repository_owner": "acme-evil", "repository": "acme-evil/api", "sub": "repo:acme-evil/api:ref:refs/heads/main"}), image, 403},
+		{"another organization", with(map[string]any{"repository_owner": "acme-evil", "repository": "acme-evil/api", "sub": "repo:acme-evil/api:ref:refs/heads/main"}), image, 403},
 		{"a pull request", with(map[string]any{"event_name": "pull_request_target"}), image, 403},
 		{"an image beside the prefix", with(nil), "ghcr.io/acme-evil/api:dev", 403},
 	} {
@@ -59,7 +59,7 @@ func TestDenied(t *testing.T) {
 		}
 	}
 	if set := ledgerOf(t, v); len(set) != 0 {
-		t.Errorf("refused requests are on record: %v", set)
+		t.Errorf("denied requests are in the ledger: %v", set)
 	}
 	if strings.Contains(web.stderr.String(), "eyJ") {
 		t.Error("a token is in the log")
@@ -67,8 +67,8 @@ func TestDenied(t *testing.T) {
 	c.mustPush(t, image) // and the same web accepts what is right
 }
 
-// TestUntrustedIssuer: an issuer whose certificate nobody vouches for gives no
-// keys, and without keys nothing is accepted.
+// TestUntrustedIssuer: web takes no keys from an issuer whose certificate no CA
+// vouches for, and accepts nothing without keys.
 func TestUntrustedIssuer(t *testing.T) {
 	v := startValkey(t)
 	web := launchWeb(t, programPath, v.addr, "SSL_CERT_FILE=/dev/null", "SSL_CERT_DIR=/nonexistent")
@@ -84,8 +84,6 @@ func TestUntrustedIssuer(t *testing.T) {
 		t.Error("web exited; it should wait for the keys")
 	}
 }
-
-// The open port under attack, and the issuer's keys coming and going.
 
 // memoryKiB is a field of /proc/PID/status, such as VmRSS.
 func memoryKiB(t testing.TB, p *program, field string) int {
@@ -115,11 +113,11 @@ func startWebWithIssuer(t testing.TB) (*issuer, *program) {
 	return own, startWeb(t, startValkey(t).addr, "GITHUB_OIDC_ISSUER="+own.URL)
 }
 
-// TestFloodOfUnknownKids: ten seconds of forged tokens at full speed, each with
-// a kid of its own. The issuer is asked once, valid tokens are accepted all the
-// while, and web does not grow.
+// TestFloodOfUnknownKids: ten seconds of forged tokens at full speed, each with its
+// own kid. Web asks the issuer once, accepts valid tokens all the while, and does
+// not grow.
 //
-// Not parallel, for the figures' sake.
+// Not parallel, because it measures.
 func TestFloodOfUnknownKids(t *testing.T) {
 	own, web := startWebWithIssuer(t)
 	c := newClient(web.url)
@@ -184,8 +182,8 @@ func TestFloodOfUnknownKids(t *testing.T) {
 	}
 }
 
-// TestIssuerGone: after the start the issuer is down for good, and tokens are
-// verified all the same.
+// TestIssuerGone: the issuer is down for good after the start, and web still
+// verifies tokens.
 func TestIssuerGone(t *testing.T) {
 	t.Parallel()
 	own, web := startWebWithIssuer(t)
@@ -209,9 +207,9 @@ func TestIssuerGone(t *testing.T) {
 	}
 }
 
-// TestRotation: the issuer announces a key, web fetches it (here because of an
-// unknown kid, else within ten minutes), and the issuer signs with it. Under
-// load, no valid token is refused.
+// TestRotation: the issuer publishes a key, web fetches it (here because of an
+// unknown kid, else within ten minutes), and the issuer signs with it. Under load,
+// web denies no valid token.
 func TestRotation(t *testing.T) {
 	t.Parallel()
 	own, web := startWebWithIssuer(t)

@@ -12,7 +12,7 @@ type mode int
 
 const (
 	pass   mode = iota
-	stall       // a silent network: connections stay, or are accepted, and nothing arrives
+	stall       // a silent network: connections stay and are accepted, but nothing arrives
 	reset       // every connection is cut with a RST
 	refuse      // nobody listens
 )
@@ -58,8 +58,8 @@ func (p *tcpProxy) listen() error {
 	return nil
 }
 
-// set changes the mode; returning to pass, stalled connections deliver what
-// they held, as TCP does when a network comes back.
+// set changes the mode. Back in pass, stalled connections deliver what they held,
+// as TCP does when a network comes back.
 func (p *tcpProxy) set(m mode) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -81,8 +81,8 @@ func (p *tcpProxy) set(m mode) {
 	}
 }
 
-// abandon makes the connections there are silent for good, as a NAT gateway does
-// that has forgotten them; new ones pass.
+// abandon makes the open connections silent for good, as a NAT gateway does that
+// has forgotten them. New ones pass.
 func (p *tcpProxy) abandon() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -90,7 +90,7 @@ func (p *tcpProxy) abandon() {
 }
 
 // retarget sends new connections elsewhere, as a Service does when a pod is
-// replaced; old ones stay where they are.
+// replaced. Old ones stay.
 func (p *tcpProxy) retarget(target string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

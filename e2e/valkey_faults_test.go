@@ -11,10 +11,9 @@ import (
 	"time"
 )
 
-// TestSilentNetworkBeforeWorker: the network between worker and Valkey goes
-// silent without a FIN. Within 5 s the worker says so; what was accepted in the
-// meantime is found when the network is back. Then the same with connections
-// that are cut, and with nobody who listens.
+// TestSilentNetworkBeforeWorker: the network between the worker and Valkey goes
+// silent without a FIN. The worker notices within 5 s, and catches up when the
+// network is back. The same holds for connections that are cut or refused.
 func TestSilentNetworkBeforeWorker(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 10, 2)
@@ -42,8 +41,8 @@ func TestSilentNetworkBeforeWorker(t *testing.T) {
 	g.verify(t, 10*time.Second)
 }
 
-// TestSilentNetworkBeforeWeb: the same between web and Valkey. Nobody waits
-// longer than 3 s for the 503 that says to come again, however many ask.
+// TestSilentNetworkBeforeWeb: the same between web and Valkey. No job waits longer
+// than 3 s for the 503 with Retry-After, however many ask.
 func TestSilentNetworkBeforeWeb(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 10, 2)
@@ -55,7 +54,7 @@ func TestSilentNetworkBeforeWeb(t *testing.T) {
 	for _, m := range []mode{stall, reset, refuse} {
 		network.set(m)
 		silent := time.Now()
-		// A few that do not try again, to see the single answer …
+		// A few without retries, to see the single answer …
 		var singles sync.WaitGroup
 		for _, image := range g.images {
 			singles.Go(func() {
@@ -92,9 +91,8 @@ func TestSilentNetworkBeforeWeb(t *testing.T) {
 	g.verify(t, 10*time.Second)
 }
 
-// TestFlood: more requests at once than web can keep in flight, while Valkey is
-// silent: all of them are answered, soon, and web works as before once it is
-// over.
+// TestFlood: while Valkey is silent, more requests come at once than web can keep
+// in flight. All are answered soon, and web works as before afterwards.
 func TestFlood(t *testing.T) {
 	t.Parallel()
 	const many = 1500
@@ -139,14 +137,14 @@ func TestFlood(t *testing.T) {
 	g.journal.uncertain[g.images[0]] += many
 	network.set(pass)
 	web.waitReady(t, 10*time.Second)
-	// What stayed in the socket may be recorded now, after all; the newest T
-	// comes last.
+	// What stayed in the socket may reach the ledger now. The newest T comes last.
 	time.Sleep(500 * time.Millisecond)
 	g.journal.pushOnce(t, c, g.images[0])
 	g.verify(t, 15*time.Second)
 }
 
-// TestValkeyDownAtStart: both start without it, say so, and work when it comes.
+// TestValkeyDownAtStart: web and the worker start without Valkey, say so, and work
+// once it is there.
 func TestValkeyDownAtStart(t *testing.T) {
 	t.Parallel()
 	namespace, v := newNamespace(t), newValkey(t)
@@ -176,7 +174,7 @@ func TestValkeyDownAtStart(t *testing.T) {
 	l.pushOnce(t, c, d.images[0])
 	l.verify(t, v, r, []deployment{d}, 10*time.Second)
 
-	// And they end when they are told to while it is away again.
+	// They also stop in order while it is away again.
 	v.kill()
 	for _, p := range []*program{web, worker} {
 		p.signal(syscall.SIGTERM)
@@ -208,8 +206,7 @@ func without(rights []string, right string) []string {
 	return rest
 }
 
-// TestValkeyACL: users with the least rights suffice; a wrong password or a
-// missing right is said in the log and by /readyz, and mending it is enough.
+// TestValkeyACL: users with the least rights suffice, and nothing is logged about it.
 func TestValkeyACL(t *testing.T) {
 	t.Parallel()
 	g := newRig(t, 2, 2)
@@ -238,7 +235,8 @@ func TestValkeyACL(t *testing.T) {
 	}
 }
 
-// TestValkeyRefuses: what an operator gets wrong.
+// TestValkeyRefuses: the log and /readyz report a wrong password or a missing right,
+// and fixing it in Valkey is enough.
 func TestValkeyRefuses(t *testing.T) {
 	t.Parallel()
 	type broken struct {
@@ -255,7 +253,7 @@ func TestValkeyRefuses(t *testing.T) {
 		var p *program
 		if mode == "web" {
 			p = launchWeb(t, programPath, g.valkey.addr, settings...)
-			// Some rights are missed only when they are used.
+			// Some rights are needed only for a request.
 			go func() {
 				ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
 				defer cancel()
@@ -296,7 +294,7 @@ func TestValkeyRefuses(t *testing.T) {
 		if strings.Contains(p.stderr.String(), "horse") {
 			t.Error("the password is in the log")
 		}
-		// The operator mends it in Valkey.
+		// The operator fixes it in Valkey.
 		g.valkey.setUser(t, mode, b.secret, keys, all...)
 		p.waitReady(t, 40*time.Second)
 	}

@@ -133,7 +133,7 @@ func (v *valkeyServer) must(t testing.TB, command ...string) valkey.ValkeyResult
 	return result
 }
 
-// requestedAt is the T on record for an image, in µs, 0 if there is none.
+// requestedAt is an image's T in the ledger, in µs; 0 if there is none.
 func (v *valkeyServer) requestedAt(t testing.TB, image string) int64 {
 	t.Helper()
 	result := v.must(t, "ZSCORE", ledgerKey, image)

@@ -11,11 +11,10 @@ import (
 	"time"
 )
 
-// BenchmarkWebMemory is what the memory of web in k8s/ rests on: the peak of its
-// resident set while as many clients as it lets in at a time do the worst that
-// a stranger can, and begin again as soon as they are cut off: headers as long
-// as they may be, of which the last byte never comes, and requests that are
-// complete, one after the other. It fails if that is more than the limit.
+// BenchmarkWebMemory justifies the memory of web in k8s/: the peak of its resident
+// set under the worst that unauthenticated callers can do. As many as it accepts
+// send headers of the greatest length without the last byte, or complete requests,
+// and reconnect when they are cut off. It fails if the peak exceeds the limit.
 //
 //	go test -run '^$' -bench WebMemory -benchtime 1x
 func BenchmarkWebMemory(b *testing.B) {
