@@ -82,6 +82,7 @@ func TestForeignRestartedAt(t *testing.T) {
 	worker := g.startWorker(t, "", "")
 	laptop := time.Now().Add(5 * time.Minute).In(time.FixedZone("", 7200)).Format(time.RFC3339)
 	python := stamp(time.Now().Add(2 * time.Hour).UnixMicro()) // local time, said to be UTC
+	g.journal.foreign[python] = true
 	for i, value := range []string{"2099-01-01T00:00:00Z", laptop, "soon", "2099-01-01T00:00:00.5Z", python} {
 		g.apps[i].annotate(t, value)
 	}

@@ -19,6 +19,8 @@ type journal struct {
 	accepted  map[string][]acceptance // by image
 	uncertain map[string]int          // by image: tries that may have reached the ledger although no 202 came back
 	retries   int
+	// foreign are values of restartedAt in the worker's form that the test wrote.
+	foreign map[string]bool
 	// mayDouble is set where the design allows for a restart too many.
 	mayDouble bool
 }
@@ -30,7 +32,7 @@ type acceptance struct {
 }
 
 func newJournal() *journal {
-	return &journal{begun: time.Now(), accepted: map[string][]acceptance{}, uncertain: map[string]int{}}
+	return &journal{begun: time.Now(), accepted: map[string][]acceptance{}, uncertain: map[string]int{}, foreign: map[string]bool{}}
 }
 
 func (j *journal) add(image string, at int64, asked time.Time) {
@@ -215,7 +217,7 @@ func (j *journal) waitDelivered(t testing.TB, v *valkeyServer, r *recorder, depl
 // than requests. Coalesced requests are neither: the newest T stands for all.
 func (j *journal) excess(d deployment, steps []step) (restarts, requests, excess int) {
 	j.mu.Lock()
-	unsure, given := 0, map[string]bool{}
+	unsure, given, foreign := 0, map[string]bool{}, maps.Clone(j.foreign)
 	for _, image := range d.allImages() {
 		for _, a := range j.accepted[image] {
 			given[stamp(a.at)] = true
@@ -227,12 +229,12 @@ func (j *journal) excess(d deployment, steps []step) (restarts, requests, excess
 	for i := 1; i < len(steps); i++ {
 		at, before := steps[i].restartedAt, steps[i-1].restartedAt
 		excess += int(steps[i].generation - steps[i-1].generation - 1) // not seen, not explained
-		if at == before || !ourForm.MatchString(at) {
+		if at == before || !ourForm.MatchString(at) || foreign[at] {
 			continue // a change of the test's own: the same T twice makes no generation
 		}
 		restarts++
-		// Ours compare as strings; a value in another form has no place in the order.
-		if grows := !ourForm.MatchString(before) || at > before; !grows || (unsure == 0 && !given[at]) {
+		// Values in the worker's form compare as strings; others have no place in the order.
+		if grows := !ourForm.MatchString(before) || foreign[before] || at > before; !grows || (unsure == 0 && !given[at]) {
 			excess++
 		}
 	}
