@@ -211,8 +211,8 @@ func TestIssuerGone(t *testing.T) {
 // unknown kid, else within ten minutes), and the issuer signs with it. Under load,
 // web denies no valid token.
 func TestRotation(t *testing.T) {
+	own, web := startWebWithIssuer(t) // it fetches no more keys for 30 s
 	t.Parallel()
-	own, web := startWebWithIssuer(t)
 	c := newClient(web.url)
 	image := newImage()
 

@@ -10,7 +10,9 @@ import (
 	"time"
 )
 
-// The worker's watch: late, stalled, stale, ended, expired or not to be had.
+// The worker's watch: late, stalled, stale, ended, expired or refused. Tests that
+// mostly wait are set up before t.Parallel, and this file comes early in the order
+// of files: so the waiting goes on beside the other tests.
 
 // setImage sets the image of the first container, as a deploy job does.
 func (d deployment) setImage(t testing.TB, image string) {
@@ -55,15 +57,14 @@ func TestImageSetBeforeRequest(t *testing.T) {
 		w.journal.pushOnce(t, w.job, image)
 		rigs[name] = w
 	}
-	defer resume()
 	stalled := time.Now()
+	end := time.AfterFunc(time.Minute, resume)
+	defer end.Stop()
 	t.Parallel() // the rest waits
 	for _, name := range []string{"200ms", "1s"} {
 		rigs[name].verify(t, 5*time.Second)
 	}
-	time.Sleep(time.Minute - time.Since(stalled))
-	resume()
-	rigs["stalled for a minute"].verify(t, 5*time.Second)
+	rigs["stalled for a minute"].verify(t, time.Minute+5*time.Second-time.Since(stalled))
 }
 
 // TestImageSetAfterRequest: a Deployment is set to an image long after it was
