@@ -68,13 +68,13 @@ func TestForbiddenScope(t *testing.T) {
 		namespaces string
 		names      string
 	}{
-		{"one of two namespaces", func(t *testing.T) user { return newWorkerUser(t, allowed) }, allowed + "," + forbidden, `(list|watch) deployments\.apps in namespace ` + forbidden},
+		{"one of two namespaces", func(t *testing.T) user { return newWorkerUser(t, allowed) }, allowed + "," + forbidden, `(list|watch) deployments\.apps in (namespace )?` + forbidden},
 		{"the whole cluster", func(t *testing.T) user { return newWorkerUser(t, allowed) }, "", `(list|watch) deployments\.apps in all namespaces`},
 		{"no watch", func(t *testing.T) user {
 			u := newUser(t)
 			u.grant(t, []string{"list", "patch"}, allowed)
 			return u
-		}, allowed, `watch deployments\.apps in namespace ` + allowed},
+		}, allowed, `watch deployments\.apps in (namespace )?` + allowed},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			worker := launchWorker(t, programPath, v.addr, c.user(t).kubeconfig(t, sharedAPI.url), "WORKER_NAMESPACES="+c.namespaces)
