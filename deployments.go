@@ -311,7 +311,7 @@ type scope struct {
 	forbidden context.CancelCauseFunc // ends the cache's run
 	listed    bool
 	watched   bool      // a watch is open
-	unwatched time.Time // when the last one ended
+	unwatched time.Time // when the last one ended, or the present one began; zero: never
 }
 
 // IsWatchListSemanticsUnSupported keeps the reflector from streaming lists: those
@@ -381,7 +381,7 @@ func (s *scope) setWatched(open bool) {
 	s.watched, s.unwatched = open, s.cache.now()
 }
 
-// checkForbidden ends run if RBAC forbids a scope that was never listed: only an
+// checkForbidden ends run if RBAC forbids a scope that was never watched: only an
 // operator can fix that. Later a Role that is being replaced may be missing for a
 // moment, and the reflector tries again.
 func (s *scope) checkForbidden(verb string, err error) error {
@@ -392,7 +392,7 @@ func (s *scope) checkForbidden(verb string, err error) error {
 	err = fmt.Errorf("RBAC forbids to %s deployments.apps in %s; grant it, or change WORKER_NAMESPACES: %w", verb, where, err)
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
-	if !s.listed {
+	if s.unwatched.IsZero() {
 		s.forbidden(err)
 	}
 	return err

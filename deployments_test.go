@@ -273,22 +273,24 @@ func TestNamespacesAndSelector(t *testing.T) {
 // tried again: a Role may be missing while it is replaced.
 func TestForbiddenScope(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Forbid = func(verb, namespace string) bool { return verb == "list" && namespace == "b" }
-	m, _ := testValkey(t)
-	w := startWorkerOn(t, kube, m, func(c *workerConfig) { c.Namespaces = []string{"a", "b"} })
-	eventually(t, "the worker gives up", w.queue.ShuttingDown)
-	err := w.stop()
-	for _, part := range []string{"RBAC forbids to list deployments.apps in b", "WORKER_NAMESPACES"} {
-		if err == nil || !strings.Contains(err.Error(), part) {
-			t.Errorf("error %v does not say %q", err, part)
+	for _, verb := range []string{"list", "watch"} {
+		kube := newKubernetes(t)
+		kube.Forbid = func(v, namespace string) bool { return v == verb && namespace == "b" }
+		m, _ := testValkey(t)
+		w := startWorkerOn(t, kube, m, func(c *workerConfig) { c.Namespaces = []string{"a", "b"} })
+		eventually(t, "the worker gives up", w.queue.ShuttingDown)
+		err := w.stop()
+		for _, part := range []string{"RBAC forbids to " + verb + " deployments.apps in b", "WORKER_NAMESPACES"} {
+			if err == nil || !strings.Contains(err.Error(), part) {
+				t.Errorf("error %v does not say %q", err, part)
+			}
 		}
 	}
 
-	kube = newKubernetes(t)
+	kube := newKubernetes(t)
 	var forbidden atomic.Bool
 	kube.Forbid = func(string, string) bool { return forbidden.Load() }
-	w = startWorker(t, kube)
+	w := startWorker(t, kube)
 	forbidden.Store(true)
 	kube.BreakWatches()
 	lists := len(kube.Lists())

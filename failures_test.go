@@ -135,17 +135,30 @@ func TestOutdatedEntry(t *testing.T) {
 	kube := newKubernetes(t)
 	kube.Create("a/api", fake.Spec{Image: apiDev})
 	newer := formatTime(time.Now().Add(time.Second).UnixMicro())
-	overtake := sync.OnceFunc(func() {
-		kube.Change("a/api", func(object map[string]any) {
-			child(child(object, "spec"), "template")["metadata"] = map[string]any{"annotations": map[string]any{restartedAtAnnotation: newer}}
-		})
-	})
+	overtake := sync.OnceFunc(func() { kube.Change("a/api", setRestartedAt(newer)) })
 	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { overtake(); return 0, nil }
 	w := startWorker(t, kube)
 	w.publish(apiDev)
 	w.settled()
 	if n := w.patches("a/api"); n != 1 || kube.RestartedAt("a/api") != newer {
 		t.Errorf("%d patches, restartedAt is %s; the newer one was %s", n, kube.RestartedAt("a/api"), newer)
+	}
+}
+
+// Another worker restarted it for an older request. The patch stays apart from
+// those of that worker: it carries the present resourceVersion.
+func TestCrossedByAnOlderRequest(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	older := formatTime(time.Now().Add(-time.Second).UnixMicro())
+	overtake := sync.OnceFunc(func() { kube.Change("a/api", setRestartedAt(older)) })
+	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { overtake(); return 0, nil }
+	w := startWorker(t, kube)
+	w.awaitRestart("a/api", w.publish(apiDev))
+	calls := kube.Patches("a/api")
+	if len(calls) != 2 || !strings.Contains(calls[1].Body, `"resourceVersion"`) {
+		t.Errorf("patches %v", calls)
 	}
 }
 

@@ -240,3 +240,9 @@ func setPaused(paused bool) func(object map[string]any) {
 func removeAnnotation(object map[string]any) {
 	delete(child(child(child(object, "spec"), "template"), "metadata"), "annotations")
 }
+
+func setRestartedAt(at string) func(object map[string]any) {
+	return func(object map[string]any) {
+		child(child(object, "spec"), "template")["metadata"] = map[string]any{"annotations": map[string]any{restartedAtAnnotation: at}}
+	}
+}

@@ -245,11 +245,11 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 	}
 }
 
-// reconcile gives one Deployment the restart that it needs, if any. The first
-// patch carries the resourceVersion of the entry, which keeps crossing requests of
+// reconcile gives one Deployment the restart that it needs, if any. The patch
+// carries the resourceVersion of the entry, which keeps crossing requests of
 // several workers apart. If that is outdated, the worker decides on the present
-// version and patches without it: a Deployment in the middle of a rollout changes
-// several times a second.
+// version. Unless another worker was faster, it then patches without it, because a
+// Deployment in the middle of a rollout changes several times a second.
 func (w *worker) reconcile(ctx context.Context, key string) {
 	d := w.cache.get(key)
 	if d == nil {
@@ -263,7 +263,8 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	// A patch on its way when the worker is stopped is finished.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
 	defer cancel()
-	for versioned := w.backoff.NumRequeues(key) == 0; ; versioned = false {
+	versioned := w.backoff.NumRequeues(key) == 0
+	for {
 		next := w.decide(d)
 		if next.verdict != due {
 			w.settle(d, next, nil)
@@ -273,6 +274,7 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 		if versioned && outdated(err) {
 			var present *deployment
 			if present, err = w.cache.fetch(ctx, d); present != nil {
+				versioned = present.restartedAt != d.restartedAt
 				d = present
 				continue
 			}

@@ -183,9 +183,7 @@ func TestRestartIntervalAfterAnother(t *testing.T) {
 	w.awaitRestart("a/api", w.publish(apiDev)) // after a list nothing is deferred
 	kube.Create("a/kubectl", fake.Spec{Image: webDev})
 	eventually(t, "it is cached", func() bool { return len(w.cache.running(webDev)) == 1 })
-	kube.Change("a/kubectl", func(object map[string]any) {
-		child(child(object, "spec"), "template")["metadata"] = map[string]any{"annotations": map[string]any{restartedAtAnnotation: formatTime(1)}}
-	})
+	kube.Change("a/kubectl", setRestartedAt(formatTime(1)))
 	eventually(t, "the cache has it", func() bool { return w.cache.get("a/kubectl").restartedAt != "" })
 	w.publish(webDev)
 	eventually(t, "it is deferred", func() bool { return w.logs.has("WORKER_RESTART_INTERVAL", `"deployment":"kubectl"`) })
