@@ -42,28 +42,25 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 	flags := flag.NewFlagSet("explain", flag.ContinueOnError)
 	flags.Func("claim", "name=value, a claim of the job; repeated for several; standard input is not read then", func(v string) error {
 		name, value, ok := strings.Cut(v, "=")
+		members[name] = value
 		if !ok {
 			return errors.New("expected name=value")
 		}
-		members[name] = value
 		return nil
 	})
-	flags.Func("image", "image that the job asks for, with its tag; repeated or separated by commas for one request with several tags", func(v string) error {
+	flags.Func("image", "image that the job asks for, with its tag; repeated or separated by commas for one request with several tags", func(v string) (err error) {
 		for s := range strings.SplitSeq(v, ",") {
-			image, err := parseImage(strings.TrimSpace(s))
-			if err != nil {
-				return err
-			}
-			images = append(images, image)
+			image, wrong := parseImage(strings.TrimSpace(s))
+			images, err = append(images, image), cmp.Or(err, wrong)
 		}
-		return nil
+		return err
 	})
 	var help strings.Builder
 	flags.VisitAll(func(f *flag.Flag) { fmt.Fprintf(&help, "--%-7s %s\n", f.Name, f.Usage) })
 	err := parseFlags(flags, cfg, args, getenv)
 	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(stdout, "usage: kuberollouttrigger explain --image IMAGE [flags]\n\nReads a token, or a JSON object of claims, from standard input.\n\n",
-			help.String(), "\nA flag overrides the variable of the same name.\n\n")
+		fmt.Fprintf(stdout, "usage: kuberollouttrigger explain --image IMAGE [flags]\n\nReads a token, or a JSON object of claims, from standard input.\n\n"+
+			"%s\nA flag overrides the variable of the same name.\n\n", &help)
 		printOptions(stdout, cfg.options())
 		return nil
 	}
@@ -102,80 +99,64 @@ func readMembers(stdin io.Reader) (map[string]any, error) {
 // printDecision asks what web.event asks, in the same order. web stops at the
 // first denial; explain prints the rest as well.
 func printDecision(cfg *explainConfig, members map[string]any, images []string, w io.Writer, getenv func(string) string) error {
-	line := func(name, format string, args ...any) {
-		fmt.Fprintf(w, "%-13s %s\n", name, fmt.Sprintf(format, args...))
-	}
-	verdict := func(denial error) string {
+	line := func(name, text string) { fmt.Fprintf(w, "%-13s %s\n", name, text) }
+	verdict := func(name string, denial error) {
 		if denial != nil {
-			return paint(w, getenv, red, "no") + ": " + denial.Error()
+			line(name, paint(w, getenv, red, "no")+": "+denial.Error())
+		} else {
+			line(name, paint(w, getenv, green, "yes"))
 		}
-		return paint(w, getenv, green, "yes")
 	}
 	p := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
-	c, denial := checkMembers(cfg, members)
+	c, claimsDenial := checkMembers(cfg, members)
 	line("token", "not verified, anybody could have written these claims")
-	if denial != nil {
-		line("claims", "%s", verdict(denial))
+	if claimsDenial != nil {
+		verdict("claims", claimsDenial)
 	}
-	line("job", "repository is %s, event_name is %s, ref is %s", c.show("repository"), c.show("event_name"), c.show("ref"))
-	line("owner", "%s", verdict(p.checkOwner(c)))
+	line("job", fmt.Sprintf("repository is %s, event_name is %s, ref is %s", c.show("repository"), c.show("event_name"), c.show("ref")))
+	verdict("owner", p.checkOwner(c))
 	var prefixDenial error
-	for _, image := range images {
-		if !cfg.ImagePrefixes.allows(image) {
-			prefixDenial = cmp.Or(prefixDenial, fmt.Errorf("%s is under none of %s", image, strings.Join(cfg.ImagePrefixes, ", ")))
-		}
+	if i := slices.IndexFunc(images, func(image string) bool { return !cfg.ImagePrefixes.allows(image) }); i >= 0 {
+		prefixDenial = fmt.Errorf("%s is under none of %s", images[i], strings.Join(cfg.ImagePrefixes, ", "))
 	}
-	line("prefix", "%s", verdict(prefixDenial))
+	verdict("prefix", prefixDenial)
 	for _, r := range p.rules {
-		line(r.name, "%s", verdict(r.explain(c, images)))
+		verdict(r.name, r.explain(c, images))
 	}
-	denial = cmp.Or(denial, p.checkClaims(c), prefixDenial, p.checkImages(c, images))
-	if denial != nil {
-		line("answer", "%s: %v", paint(w, getenv, red, "denied"), denial)
+	if denial := cmp.Or(claimsDenial, p.checkClaims(c), prefixDenial, p.checkImages(c, images)); denial != nil {
+		line("answer", paint(w, getenv, red, "denied")+": "+denial.Error())
 		return errDenied
 	}
-	line("answer", "%s, if the token is valid", paint(w, getenv, green, "allowed"))
+	line("answer", paint(w, getenv, green, "allowed")+", if the token is valid")
 	return nil
 }
 
 // checkMembers makes web's checks that take no keys if the issuer is among the
 // members. They are made as of iat, because by now a token has usually expired.
 func checkMembers(cfg *explainConfig, members map[string]any) (claims, error) {
-	c, err := stringClaims(members)
-	if members["iss"] == nil || err != nil {
-		return c, err
+	c := stringClaims(members)
+	if members["iss"] == nil {
+		return c, nil
 	}
-	audience := cfg.Audience
-	if audience == "" {
-		audience = c["aud"]
-	}
-	iat, _ := numericDate(members["iat"])
-	v := &verifier{issuer: cfg.Issuer, audience: audience, now: func() time.Time { return iat }}
-	_, err = v.checkClaims(members)
+	iat, _ := numericDate(members, "iat")
+	v := &verifier{issuer: cfg.Issuer, audience: cmp.Or(cfg.Audience, c["aud"]), now: func() time.Time { return iat }}
+	_, err := v.checkClaims(members)
 	return c, err
 }
 
 // explain says what of the rule does not match.
 func (r *rule) explain(c claims, images []string) error {
-	if unmet, found := r.unmetCondition(c); found {
+	if unmet := r.unmetCondition(c); unmet != nil {
 		kind := ""
 		if unmet.isDefault {
 			kind = "a default event, "
 		}
 		return fmt.Errorf("%s is %s, expected %s%s", unmet.claim, c.show(unmet.claim), kind, joinPatterns(unmet.values))
 	}
-	n := r.countAllowed(c, images)
-	if n == len(images) {
-		return nil
+	if n := r.countAllowed(c, images); n < len(images) {
+		return fmt.Errorf("the claims match, but %s is none of %s", images[n], joinPatterns(expand(r.images, c)))
 	}
-	var patterns []pattern
-	for _, p := range r.images {
-		if expanded, ok := p.expand(c); ok {
-			p = expanded // else the placeholder stays, because its claim is absent
-		}
-		patterns = append(patterns, p)
-	}
-	return fmt.Errorf("the claims match, but %s is none of %s", images[n], joinPatterns(patterns))
+	return nil
 }
 
 // Colors for paint, as ANSI escape sequences.

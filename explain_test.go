@@ -65,7 +65,7 @@ func TestExplain(t *testing.T) {
 			"rule 1        no: the claims match, but ghcr.io/acme/api:x is none of ghcr.io/acme/api:dev|ghcr.io/acme/r812345678:*",
 			"answer        denied: this job may not restart ghcr.io/acme/api:x, or not together with ghcr.io/acme/api:dev"}},
 		{"a claim that is not a string, in a placeholder", strings.Replace(job, `"812345678"`, "812345678", 1), policy, "--image=ghcr.io/acme/r812345678:x", false, []string{
-			"rule 1        no: the claims match, but ghcr.io/acme/r812345678:x is none of ghcr.io/acme/api:dev|ghcr.io/{repository_owner}/r{repository_id}:*"}},
+			"rule 1        no: the claims match, but ghcr.io/acme/r812345678:x is none of ghcr.io/acme/api:dev|ghcr.io/acme/r{repository_id}:*"}},
 		{"claims as flags, not a default event", "not read", policy,
 			"--image=ghcr.io/acme/api:v1 --claim=repository=acme/api --claim repository_owner=acme --claim=event_name=pull_request --claim=environment=production", false, []string{
 				"rule 1        no: event_name is pull_request, expected push|workflow_dispatch",

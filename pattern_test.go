@@ -27,12 +27,12 @@ func TestClaimForms(t *testing.T) {
 		"repo_property_team":    {[]string{"x"}, nil},
 	} {
 		for _, value := range values.possible {
-			if err := checkClaimPattern(claim, value); err != nil {
+			if err := checkClaim(claim, []pattern{pattern(value)}); err != nil {
 				t.Errorf("%s: %q: %v", claim, value, err)
 			}
 		}
 		for _, value := range values.impossible {
-			if err := checkClaimPattern(claim, value); err == nil {
+			if err := checkClaim(claim, []pattern{pattern(value)}); err == nil {
 				t.Errorf("%s: %q is accepted", claim, value)
 			}
 		}
@@ -58,7 +58,7 @@ func TestImagePatterns(t *testing.T) {
 		"ghcr.io/acmé/api:dev": false, "ghcr.io/acme/api:dev\n": false, "ghcr.io/acme/api:d?v": false,
 		"docker.io/nginx:dev": false, "docker.io/nginx:*": false, "index.docker.io/nginx:dev": false, "docker.io/{repository_owner}:dev": false,
 	} {
-		if err := checkImagePattern(s); (err == nil) != ok {
+		if err := checkImagePatterns([]pattern{pattern(s)}); (err == nil) != ok {
 			t.Errorf("%q: %v", s, err)
 		}
 	}
@@ -66,7 +66,7 @@ func TestImagePatterns(t *testing.T) {
 
 // TestMatchIsLinear has the input that takes a backtracking matcher for ever.
 func TestMatchIsLinear(t *testing.T) {
-	p := newPattern(strings.Repeat("a*", 2000) + "b")
+	p := pattern(strings.Repeat("a*", 2000) + "b")
 	if p.matches(strings.Repeat("a", 100_000)) {
 		t.Error("matched")
 	}
@@ -103,7 +103,7 @@ func FuzzMatch(f *testing.F) {
 			t.Skip("slow")
 		}
 		want := matchesSimply(p, s)
-		if got := newPattern(p).matches(s); got != want {
+		if got := pattern(p).matches(s); got != want {
 			t.Errorf("%q matches %q: %t", p, s, got)
 		}
 		if !want {
@@ -111,11 +111,11 @@ func FuzzMatch(f *testing.F) {
 		}
 		// The tables refuse nothing that could match.
 		for claim, form := range realClaims {
-			if form.MatchString(s) && utf8.ValidString(p) && checkClaimPattern(claim, p) != nil {
+			if form.MatchString(s) && utf8.ValidString(p) && checkClaim(claim, []pattern{pattern(p)}) != nil {
 				t.Errorf("%s: %q is refused and matches %q", claim, p, s)
 			}
 		}
-		if ref, err := parseImage(s); err == nil && ref == s && s == strings.ToLower(s) && checkImagePattern(p) != nil {
+		if ref, err := parseImage(s); err == nil && ref == s && s == strings.ToLower(s) && checkImagePatterns([]pattern{pattern(p)}) != nil {
 			t.Errorf("%q is refused and matches %q", p, s)
 		}
 	})

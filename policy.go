@@ -13,27 +13,23 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// defaultCondition holds for a rule that does not name event_name. Each of these
-// events runs code that somebody with write access put into the repository. Others
-// may run the code of a pull request, with a token that looks like main's in every
-// other claim.
+// defaultCondition holds for a rule that does not name event_name: events that run
+// code of somebody with write access. Others may run the code of a pull request,
+// with a token that looks like main's in every other claim.
 // https://docs.github.com/en/actions/reference/workflows-and-actions/events-that-trigger-workflows
 var defaultCondition = condition{claim: "event_name", isDefault: true, values: []pattern{
-	{"push"}, {"workflow_dispatch"}, {"repository_dispatch"}, {"release"}, {"schedule"}, {"registry_package"}, {"deployment"},
+	"push", "workflow_dispatch", "repository_dispatch", "release", "schedule", "registry_package", "deployment",
 }}
-
-// riskyEvents can be caused without write access and have a token like main's.
-var riskyEvents = []string{"pull_request_target", "workflow_run"}
 
 // policy decides which verified jobs may restart which images.
 type policy struct {
-	owners   []string // lower case
+	owners   []string
 	ownerIDs []string // empty: any
 	rules    []rule   // never empty
 }
 
-// rule allows the jobs that meet all its conditions to restart the images that
-// match one of its patterns.
+// rule allows the jobs that meet every condition to restart the images that match
+// any of its patterns.
 type rule struct {
 	name       string
 	conditions []condition
@@ -51,14 +47,10 @@ type condition struct {
 // TRUST_POLICY. Without rules, every job of those owners that runs for a default
 // event may restart every image.
 func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
-	p := &policy{ownerIDs: ownerIDs, rules: rules}
-	for _, owner := range owners {
-		p.owners = append(p.owners, lowerASCII(owner))
-	}
 	if len(rules) == 0 {
-		p.rules = []rule{{"default rule", []condition{defaultCondition}, []pattern{newPattern("*")}}}
+		rules = []rule{{"default rule", []condition{defaultCondition}, []pattern{"*"}}}
 	}
-	return p
+	return &policy{owners, ownerIDs, rules}
 }
 
 // checkClaims is nil if the job may ask for anything at all. Its error is for the
@@ -69,8 +61,8 @@ func (p *policy) checkClaims(c claims) error {
 	}
 	var reasons []string
 	for _, r := range p.rules {
-		unmet, found := r.unmetCondition(c)
-		if !found {
+		unmet := r.unmetCondition(c)
+		if unmet == nil {
 			return nil
 		}
 		reasons = append(reasons, fmt.Sprintf("%s: %s is %s", r.name, unmet.claim, c.show(unmet.claim)))
@@ -79,8 +71,8 @@ func (p *policy) checkClaims(c claims) error {
 }
 
 func (p *policy) checkOwner(c claims) error {
-	// GitHub's names are ASCII; strings.EqualFold takes U+212A for k.
-	if !slices.Contains(p.owners, lowerASCII(c["repository_owner"])) {
+	owner := lowerASCII(c["repository_owner"])
+	if !slices.ContainsFunc(p.owners, func(allowed string) bool { return lowerASCII(allowed) == owner }) {
 		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.show("repository_owner"))
 	}
 	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c["repository_owner_id"]) {
@@ -90,73 +82,63 @@ func (p *policy) checkOwner(c claims) error {
 }
 
 // checkImages is nil if one rule allows the job to restart all the images, which
-// are canonical references. Its error may be told to a job that checkClaims let
-// pass.
+// are canonical. Its error may be told to a job that checkClaims let pass.
 func (p *policy) checkImages(c claims, images []string) error {
-	if len(images) == 0 {
-		return errors.New("no image was asked for")
-	}
 	most := 0
 	for _, r := range p.rules {
-		if _, found := r.unmetCondition(c); found {
-			continue
+		if r.unmetCondition(c) == nil {
+			most = max(most, r.countAllowed(c, images))
 		}
-		allowed := r.countAllowed(c, images)
-		if allowed == len(images) {
-			return nil
-		}
-		most = max(most, allowed)
 	}
-	if most > 0 {
+	switch {
+	case len(images) == 0:
+		return errors.New("no image was asked for")
+	case most == 0:
+		return fmt.Errorf("this job may not restart %s", images[0])
+	case most < len(images):
 		return fmt.Errorf("this job may not restart %s, or not together with %s", images[most], images[0])
 	}
-	return fmt.Errorf("this job may not restart %s", images[0])
+	return nil
 }
 
-// unmetCondition returns the first condition that the claims do not meet. An
-// absent claim meets none, not even "*".
-func (r *rule) unmetCondition(c claims) (unmet condition, found bool) {
+// unmetCondition returns the first condition that the claims do not meet, or nil.
+// An absent claim meets none, not even "*".
+func (r *rule) unmetCondition(c claims) *condition {
 	for _, cond := range r.conditions {
-		value, present := c[cond.claim]
-		if !present || !slices.ContainsFunc(cond.values, func(p pattern) bool { return p.matches(value) }) {
-			return cond, true
+		if value, ok := c[cond.claim]; !ok || !anyMatches(cond.values, value) {
+			return &cond
 		}
 	}
-	return condition{}, false
+	return nil
 }
 
 // countAllowed counts the images before the first that matches no pattern.
 func (r *rule) countAllowed(c claims, images []string) int {
-	denied := slices.IndexFunc(images, func(image string) bool {
-		return !slices.ContainsFunc(r.images, func(p pattern) bool {
-			expanded, ok := p.expand(c)
-			return ok && expanded.matches(image)
-		})
-	})
-	if denied < 0 {
-		return len(images)
+	patterns := expand(r.images, c)
+	for i, image := range images {
+		if !anyMatches(patterns, image) {
+			return i
+		}
 	}
-	return denied
+	return len(images)
 }
 
-// rulesWithRiskyEvents returns the rules whose stars let in a risky event that
-// they do not name.
+// rulesWithRiskyEvents returns the rules whose stars let in an event that can be
+// caused without write access and has a token like main's.
 func (p *policy) rulesWithRiskyEvents() (names []string) {
+	risky := func(p pattern) bool {
+		return strings.Contains(string(p), "*") && (p.matches("pull_request_target") || p.matches("workflow_run"))
+	}
 	for _, r := range p.rules {
-		for _, cond := range r.conditions {
-			if cond.claim == "event_name" && slices.ContainsFunc(cond.values, func(p pattern) bool {
-				return p.hasStar() && slices.ContainsFunc(riskyEvents, p.matches)
-			}) {
-				names = append(names, r.name)
-			}
+		if slices.ContainsFunc(r.conditions, func(c condition) bool { return c.claim == "event_name" && slices.ContainsFunc(c.values, risky) }) {
+			names = append(names, r.name)
 		}
 	}
 	return names
 }
 
 // describe returns a line for each rule in force.
-func (p *policy) describe() []string {
-	var lines []string
+func (p *policy) describe() (lines []string) {
 	for _, r := range p.rules {
 		line := r.name + ": "
 		for _, cond := range r.conditions {
@@ -167,43 +149,42 @@ func (p *policy) describe() []string {
 	return lines
 }
 
-// trustRule is a rule of TRUST_POLICY as it is written. The library's errors name it.
+// trustRule is a rule of TRUST_POLICY as it is written.
 type trustRule struct {
-	Claims map[string]yamlStrings
-	Images yamlStrings
+	Claims  map[string]patternList
+	Images  patternList
+	Unknown map[string]yaml.Node `yaml:",inline"`
 }
 
-// yamlStrings is one string or a list of them, with its line for errors.
-type yamlStrings struct {
-	texts []string
-	line  int
+// patternList is one string or a list of them, with its line for errors.
+type patternList struct {
+	patterns []pattern
+	line     int
 }
 
-func (s *yamlStrings) UnmarshalYAML(n *yaml.Node) error {
-	s.line = n.Line
+func (l *patternList) UnmarshalYAML(n *yaml.Node) error {
+	l.line = n.Line
 	if n.Kind == yaml.ScalarNode {
-		s.texts = []string{n.Value}
+		l.patterns = []pattern{pattern(n.Value)}
 		return nil
 	}
-	return n.Decode(&s.texts)
+	return n.Decode(&l.patterns)
 }
 
 const expectedRules = `expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`
 
-// parseRules reads TRUST_POLICY. A policy that would mean something else than its
-// author meant must not start: what parseRules does not understand, or what can
-// never match, is an error that names the line.
-func parseRules(text string) ([]rule, error) {
+// parseRules reads TRUST_POLICY. What it does not understand, or what can never
+// match, is an error: a policy must not mean something else than its author meant.
+func parseRules(text string) (rules []rule, err error) {
 	var document yaml.Node
 	decoder := yaml.NewDecoder(strings.NewReader(text))
-	if err := decoder.Decode(&document); err == io.EOF {
-		return nil, errors.New("no rules; " + expectedRules)
-	} else if err != nil {
+	if err := decoder.Decode(&document); err != nil && err != io.EOF {
 		return nil, yamlError(err)
 	}
 	if err := decoder.Decode(&yaml.Node{}); err != io.EOF {
 		return nil, errors.New("something follows the list of rules; expected one YAML document")
 	}
+	document.Content = append(document.Content, &yaml.Node{Line: 1}) // an empty text has none
 	list := document.Content[0]
 	if list.Kind != yaml.SequenceNode || len(list.Content) == 0 {
 		return nil, fmt.Errorf("line %d: no rules; %s", list.Line, expectedRules)
@@ -211,13 +192,10 @@ func parseRules(text string) ([]rule, error) {
 	if err := checkNode(list); err != nil {
 		return nil, err
 	}
-	decoder = yaml.NewDecoder(strings.NewReader(text))
-	decoder.KnownFields(true) // which Node.Decode cannot do
 	var written []trustRule
-	if err := decoder.Decode(&written); err != nil {
+	if err := list.Decode(&written); err != nil {
 		return nil, yamlError(err)
 	}
-	var rules []rule
 	for i, w := range written {
 		r, err := w.compile(list.Content[i].Line)
 		if err != nil {
@@ -234,12 +212,12 @@ func yamlError(err error) error {
 	return fmt.Errorf("%s; %s", sanitize(strings.Join(strings.Fields(err.Error()), " ")), expectedRules)
 }
 
-// checkNode refuses what the library would take for a string, or drop silently: a
-// number, a null, a tag such as !deny, a merge. A policy holds nothing but lists,
-// maps and strings.
+var plainTags = map[yaml.Kind]string{yaml.SequenceNode: "!!seq", yaml.MappingNode: "!!map", yaml.ScalarNode: "!!str"}
+
+// checkNode refuses what the library would take for a string, or drop silently:
+// numbers, nulls, merges, tags such as !deny.
 func checkNode(n *yaml.Node) error {
-	plain := map[yaml.Kind]string{yaml.SequenceNode: "!!seq", yaml.MappingNode: "!!map", yaml.ScalarNode: "!!str"}
-	if tag := n.ShortTag(); n.Kind != yaml.AliasNode && tag != plain[n.Kind] {
+	if tag := n.ShortTag(); n.Kind != yaml.AliasNode && tag != plainTags[n.Kind] {
 		return fmt.Errorf("line %d: %s %s is not a plain list, map or string; put numbers, true and false in quotes", n.Line, tag, sanitize(n.Value))
 	}
 	if strings.ContainsFunc(n.Value, unicode.IsControl) {
@@ -254,182 +232,147 @@ func checkNode(n *yaml.Node) error {
 }
 
 // compile checks a rule that begins at line.
-func (w *trustRule) compile(line int) (r rule, err error) {
-	if len(w.Claims) == 0 || len(w.Images.texts) == 0 {
-		return r, fmt.Errorf("line %d: no claims or no images; %s", line, expectedRules)
+func (w *trustRule) compile(line int) (rule, error) {
+	for name, value := range w.Unknown {
+		return rule{}, fmt.Errorf("line %d: field %s not found; expected claims and images", value.Line, sanitize(name))
 	}
+	if len(w.Claims) == 0 || len(w.Images.patterns) == 0 {
+		return rule{}, fmt.Errorf("line %d: no claims or no images; %s", line, expectedRules)
+	}
+	r := rule{images: w.Images.patterns}
 	// Every rule that names no event gets the default ones, whatever other rules
 	// name: a rule for preview images must not open the one for production.
 	if _, named := w.Claims["event_name"]; !named {
 		r.conditions = append(r.conditions, defaultCondition)
 	}
 	for _, claim := range slices.Sorted(maps.Keys(w.Claims)) {
-		check := func(value string) error { return checkClaimPattern(claim, value) }
-		values, err := w.Claims[claim].patterns("claim "+sanitize(claim), check)
-		if err != nil {
-			return r, err
+		values := w.Claims[claim]
+		if err := checkClaim(claim, values.patterns); err != nil {
+			return r, fmt.Errorf("line %d: claim %s: %w", values.line, sanitize(claim), err)
 		}
-		r.conditions = append(r.conditions, condition{claim: claim, values: values})
+		r.conditions = append(r.conditions, condition{claim: claim, values: values.patterns})
 	}
-	r.images, err = w.Images.patterns("images", checkImagePattern)
-	return r, err
+	if err := checkImagePatterns(r.images); err != nil {
+		return r, fmt.Errorf("line %d: images: %w", w.Images.line, err)
+	}
+	return r, nil
 }
 
-func (s yamlStrings) patterns(what string, check func(string) error) (patterns []pattern, err error) {
-	if len(s.texts) == 0 {
-		return nil, fmt.Errorf("line %d: %s: an empty list; expected at least one value", s.line, what)
-	}
-	for _, text := range s.texts {
-		if err := check(text); err != nil {
-			return nil, fmt.Errorf("line %d: %s: %w", s.line, what, err)
-		}
-		patterns = append(patterns, newPattern(text))
-	}
-	return patterns, nil
-}
+// placeholders are the claims that image patterns can have, with examples.
+var placeholders = claims{"repository": "owner/name", "repository_owner": "owner", "repository_id": "1"}
 
 var (
-	placeholderRE = regexp.MustCompile(`\{(repository|repository_owner|repository_id)\}`)
-	bracesRE      = regexp.MustCompile(`\{\w+\}`)
+	placeholderRE = regexp.MustCompile(`\{\w+\}`)
 	claimNameRE   = regexp.MustCompile(`^[A-Za-z][\w#$-]*$`)
-	familiarRE    = regexp.MustCompile(`^(index\.docker\.io/|docker\.io/[^/*]*:)`)
-	// A ref, no ref, or a star that may cover what is missing of one.
-	refRE        = regexp.MustCompile(`^(refs/(heads|tags|pull)/[^ ?\[\\^:~]+|(r|re|ref|refs|refs/[a-z]*)?\*[^ ?\[\\^:~]*)?$`)
-	imageCharsRE = regexp.MustCompile(`^[\w./:*\[\]-]+$`)
+	// registry/path:tag in lower case but for the tag. A star may cover any of it.
+	imageRE = regexp.MustCompile(`^(localhost|[a-z\d_\[-]*[.:*][a-z\d_.:*\[\]-]*)/([a-z\d_.:*-]+/)*[a-z\d_.-]*(:[\w*][\w.*-]*|\*[\w.:*-]*)$` +
+		`|^[a-z\d_.:\[\]-]*\*[\w.:*\[\]-]*$`)
+	// docker.io/nginx is docker.io/library/nginx in canonical form.
+	familiarRE = regexp.MustCompile(`^(index\.docker\.io/|docker\.io/[^/*]*:)`)
 )
 
-// claimForms are the claims that GitHub documents and people get wrong. A pattern
-// of theirs, stars included, matches form; or one of values matches the pattern.
-var claimForms = map[string]struct {
-	form     *regexp.Regexp
-	values   []string
-	expected string
-}{
-	"ref":                   {form: refRE, expected: "refs/heads/name or refs/tags/name"},
-	"ref_type":              {values: []string{"branch", "tag"}, expected: "branch or tag"},
-	"ref_protected":         {values: []string{"true", "false"}, expected: `"true" or "false"`},
-	"event_name":            {form: regexp.MustCompile(`^[a-z_*]+$`), expected: "the name of an event, such as push"},
-	"repository":            {form: regexp.MustCompile(`^[\w*-]*[/*][\w.*-]*$`), expected: "owner/name"},
-	"repository_owner":      {form: regexp.MustCompile(`^[\w*-]+$`), expected: "an owner's name"},
-	"repository_id":         {form: regexp.MustCompile(`^[\d*]+$`), expected: "a number"},
-	"repository_owner_id":   {form: regexp.MustCompile(`^[\d*]+$`), expected: "a number"},
-	"repository_visibility": {values: []string{"public", "private", "internal"}, expected: "public, private or internal"},
-	"runner_environment":    {values: []string{"github-hosted", "self-hosted"}, expected: "github-hosted or self-hosted"},
-	"job_workflow_ref":      {form: regexp.MustCompile(`@|\*$`), expected: "owner/name/.github/workflows/file.yml@ref"},
-	"workflow_ref":          {form: regexp.MustCompile(`@|\*$`), expected: "owner/name/.github/workflows/file.yml@ref"},
+// claimForms are the claims that GitHub documents and people get wrong. The text
+// of a pattern has the form, stars included, or it matches one of the examples.
+var claimForms = map[string]struct{ form, examples string }{
+	"ref":                   {`^(refs/(heads|tags|pull)/[^ ?\[\\^:~]+|(r|re|ref|refs|refs/[a-z]*)?\*[^ ?\[\\^:~]*)?$`, "refs/heads/main or refs/tags/v1"},
+	"ref_type":              {`^\*$`, "branch or tag"},
+	"ref_protected":         {`^\*$`, "true or false"},
+	"event_name":            {`^[a-z_*]+$`, "push or release"},
+	"repository":            {`^[\w*-]*[/*][\w.*-]*$`, "owner/name"},
+	"repository_owner":      {`^[\w*-]+$`, "owner"},
+	"repository_id":         {`^[\d*]+$`, "812345678"},
+	"repository_owner_id":   {`^[\d*]+$`, "9919"},
+	"repository_visibility": {`^\*$`, "public or private or internal"},
+	"runner_environment":    {`^\*$`, "github-hosted or self-hosted"},
+	"job_workflow_ref":      {`@|\*$`, "owner/name/.github/workflows/file.yml@refs/heads/main"},
+	"workflow_ref":          {`@|\*$`, "owner/name/.github/workflows/file.yml@refs/heads/main"},
 }
 
-// checkClaimPattern refuses what is not a claim name, and values that the claim
-// can never have. GitHub may add claims, and names repo_property_* after an
-// organization's properties.
-func checkClaimPattern(name, s string) error {
-	if !claimNameRE.MatchString(name) {
-		return errors.New("is not a claim name")
-	}
+// checkClaim refuses what is not a claim name, and values that the claim can never
+// have. GitHub may add claims, and names repo_property_* after an organization's
+// properties.
+func checkClaim(name string, values []pattern) error {
 	known := strings.ReplaceAll(lowerASCII(name), "-", "_")
-	if _, ok := claimForms[known]; ok && name != known {
+	claim, ok := claimForms[known]
+	switch {
+	case !claimNameRE.MatchString(name):
+		return errors.New("is not a claim name")
+	case ok && name != known:
 		return fmt.Errorf("is not a claim name; expected %s", known)
-	}
-	if slices.Contains([]string{"iss", "aud", "exp", "iat", "nbf"}, name) {
+	case slices.Contains([]string{"iss", "aud", "exp", "iat", "nbf"}, name):
 		return errors.New("cannot be matched; web checks it for every token")
+	case len(values) == 0:
+		return errors.New("an empty list; expected at least one value")
 	}
-	if bracesRE.MatchString(s) {
-		return fmt.Errorf("%s has a placeholder; expected one in images only", sanitize(s))
-	}
-	claim, ok := claimForms[name]
-	possible := !ok || claim.form != nil && claim.form.MatchString(s) || slices.ContainsFunc(claim.values, newPattern(s).matches)
-	if !possible {
-		return fmt.Errorf("%s can match no token; expected %s", sanitize(s), claim.expected)
-	}
-	return nil
-}
-
-// checkImagePattern refuses what no canonical reference can match.
-func checkImagePattern(s string) error {
-	expanded, _ := newPattern(s).expand(claims{"repository": "owner/name", "repository_owner": "owner", "repository_id": "1"})
-	example := expanded.String()
-	if strings.ContainsAny(example, "{}") {
-		return fmt.Errorf("%s has an unknown placeholder; expected {repository}, {repository_owner} or {repository_id}", sanitize(s))
-	}
-	// docker.io/nginx is docker.io/library/nginx in canonical form.
-	if !possibleImage(example) || familiarRE.MatchString(example) {
-		return fmt.Errorf("%s can match no image; expected registry/name:tag in lower case, such as ghcr.io/{repository}:v* or docker.io/library/nginx:*", sanitize(s))
+	form, examples := regexp.MustCompile(claim.form), strings.Split(claim.examples, " or ")
+	for _, value := range values {
+		if placeholderRE.MatchString(string(value)) {
+			return fmt.Errorf("%s has a placeholder; expected one in images only", sanitize(string(value)))
+		}
+		if !form.MatchString(string(value)) && !slices.ContainsFunc(examples, value.matches) {
+			return fmt.Errorf("%s can match no token; expected a value such as %s", sanitize(string(value)), claim.examples)
+		}
 	}
 	return nil
 }
 
-// possibleImage looks at what stands outside the stars.
-func possibleImage(s string) bool {
-	if !imageCharsRE.MatchString(s) || strings.Contains(s, "//") {
-		return false
+// checkImagePatterns refuses what no canonical reference can match.
+func checkImagePatterns(patterns []pattern) error {
+	for i, example := range expand(patterns, placeholders) {
+		if !imageRE.MatchString(string(example)) || familiarRE.MatchString(string(example)) {
+			return fmt.Errorf("%s can match no image; expected registry/name:tag in lower case, such as docker.io/library/nginx:* or "+
+				"ghcr.io/{repository}:v*; the placeholders are {repository}, {repository_owner} and {repository_id}", sanitize(string(patterns[i])))
+		}
 	}
-	host, _, hasPath := strings.Cut(s, "/")
-	isHost := hasPath && (host == "localhost" || strings.ContainsAny(host, ".:"))
-	if !isHost && !strings.Contains(host, "*") {
-		return false
-	}
-	// The name ends at the colon before the tag, or at a star that may cover it.
-	last := strings.LastIndex(s, "/") + 1
-	length := strings.IndexAny(s[last:], ":*")
-	if length < 0 || strings.ContainsFunc(s[:last+length], unicode.IsUpper) {
-		return false
-	}
-	tag, hasColon := strings.CutPrefix(s[last+length:], ":")
-	return !hasColon || tag != "" && !strings.ContainsAny(tag[:1], ".-") && !strings.Contains(tag, ":")
+	return nil
 }
 
-// pattern is the text before, between and after the stars of a pattern; one
-// element is text without a star.
-type pattern []string
-
-func newPattern(s string) pattern { return strings.Split(s, "*") }
-
-func (p pattern) String() string { return strings.Join(p, "*") }
-
-func (p pattern) hasStar() bool { return len(p) > 1 }
+// pattern is text in which each star stands for any text, even an empty one.
+type pattern string
 
 func joinPatterns(patterns []pattern) string {
 	var texts []string
 	for _, p := range patterns {
-		texts = append(texts, sanitize(p.String()))
+		texts = append(texts, sanitize(string(p)))
 	}
 	return strings.Join(texts, "|")
 }
 
-// matches compares the whole of s. Each text is looked for once, right after the
-// one before it, so the time is linear whatever the number of stars.
-func (p pattern) matches(s string) bool {
-	if !p.hasStar() {
-		return s == p[0]
-	}
-	first, last := p[0], p[len(p)-1]
-	if len(s) < len(first)+len(last) || !strings.HasPrefix(s, first) || !strings.HasSuffix(s, last) {
-		return false
-	}
-	s = s[len(first) : len(s)-len(last)]
-	for _, text := range p[1 : len(p)-1] {
-		i := strings.Index(s, text)
-		if i < 0 {
-			return false
-		}
-		s = s[i+len(text):]
-	}
-	return true
+func anyMatches(patterns []pattern, s string) bool {
+	return slices.ContainsFunc(patterns, func(p pattern) bool { return p.matches(s) })
 }
 
-// expand replaces the placeholders by the claims, in lower case as images are. A
-// star in a claim stays a star, because p was split before. ok is false if a claim
-// is absent or empty.
-func (p pattern) expand(c claims) (expanded pattern, ok bool) {
-	ok = true
-	for _, text := range p {
-		expanded = append(expanded, placeholderRE.ReplaceAllStringFunc(text, func(placeholder string) string {
-			value := c[strings.Trim(placeholder, "{}")]
-			ok = ok && value != ""
-			return lowerASCII(value)
-		}))
+// matches compares the whole of s. Each text between two stars is looked for once,
+// so the time is linear whatever the number of stars.
+func (p pattern) matches(s string) bool {
+	text, rest, star := strings.Cut(string(p), "*")
+	s, ok := strings.CutPrefix(s, text)
+	if !star {
+		return ok && s == ""
 	}
-	return expanded, ok
+	for ok {
+		if text, rest, star = strings.Cut(rest, "*"); !star {
+			return strings.HasSuffix(s, text)
+		}
+		_, s, ok = strings.Cut(s, text)
+	}
+	return false
+}
+
+// expand replaces the placeholders by the claims, in lower case as images are. If
+// the claim is absent, empty or has a star, the placeholder stays, and as no image
+// has braces, the pattern matches none.
+func expand(patterns []pattern, c claims) (expanded []pattern) {
+	for _, p := range patterns {
+		expanded = append(expanded, pattern(placeholderRE.ReplaceAllStringFunc(string(p), func(placeholder string) string {
+			value := c[strings.Trim(placeholder, "{}")]
+			if value == "" || strings.Contains(value, "*") {
+				return placeholder
+			}
+			return lowerASCII(value)
+		})))
+	}
+	return expanded
 }
 
 // lowerASCII leaves other letters alone: strings.ToLower makes a k of U+212A, and

@@ -219,12 +219,12 @@ func TestTrustPolicy(t *testing.T) {
 func TestPolicyRefuses(t *testing.T) {
 	const good = "- claims: {environment: dev}\n  images: ['*']\n"
 	tests := []struct{ trust, want string }{
-		{" \n", "TRUST_POLICY (--trust-policy): no rules; expected a list, such as [{claims:"},
+		{" \n", "TRUST_POLICY (--trust-policy): line 1: no rules; expected a list, such as [{claims:"},
 		{"# none yet", "no rules"},
-		{"null", "line 1: no rules"},
-		{"[]", "line 1: no rules"},
-		{"deny", "line 1: no rules"},
-		{"rules:\n- claims: {ref: refs/heads/main}", "line 1: no rules"},
+		{"null", "no rules; expected a list"},
+		{"[]", "no rules; expected a list"},
+		{"deny", "no rules; expected a list"},
+		{"rules:\n- claims: {ref: refs/heads/main}", "no rules; expected a list"},
 		{"!disabled\n" + good, "line 1: !disabled"},
 		{"- claims: {environment: dev}\n  images: [", "yaml: line 2"},
 		{"- claims:\n\tref: x", "yaml: line 2"},
@@ -244,7 +244,7 @@ func TestPolicyRefuses(t *testing.T) {
 		"- []": "line 3: cannot unmarshal !!seq into main.trustRule",
 		"- claim: {environment: dev}\n  images: ['*']":                              "line 3: field claim not found",
 		"- claims: {environment: dev}\n  Images: ['*']":                             "line 4: field Images not found",
-		"- claims: {environment: dev}\n  images: ['*']\n  deny: 'x'":                "line 5: field deny not found in type main.trustRule; expected a list",
+		"- claims: {environment: dev}\n  images: ['*']\n  deny: 'x'":                "line 5: field deny not found",
 		"- claims: {environment: dev}\n  images: ['*']\n  deny: true":               "line 5: !!bool true",
 		"- claims: {environment: dev}\n  images: ['*']\n  1: x":                     "line 5: !!int 1",
 		"- claims: {environment: dev}\n  images: ['*']\n  claims: {environment: x}": "line 5: mapping key \"claims\" already defined at line 3",
@@ -301,7 +301,7 @@ func TestPolicyRefuses(t *testing.T) {
 		"nbf: '*'":                             "claim nbf: cannot be matched",
 		"environment: 'x-{repository}'":        "claim environment: x-{repository} has a placeholder",
 		"environment: '{env}'":                 "claim environment: {env} has a placeholder",
-		"event_name: [push, Release]":          "rule 2, line 3: claim event_name: Release can match no token; expected the name of an event, such as push",
+		"event_name: [push, Release]":          "rule 2, line 3: claim event_name: Release can match no token",
 	} {
 		tests = append(tests, struct{ trust, want string }{good + "- claims: {" + claim + "}\n  images: ['*']", want})
 	}
@@ -312,7 +312,7 @@ func TestPolicyRefuses(t *testing.T) {
 		"{repository}":         "line 4: ",
 		`"ghcr.io/acme/\x07*"`: "line 4: ghcr.io/acme/\\a* has a control character",
 		"'*', 'ghcr.io/a/b'":   "rule 2, line 4: images: ghcr.io/a/b can match no image; expected registry/name:tag",
-		"'ghcr.io/{repo}:dev'": "rule 2, line 4: images: ghcr.io/{repo}:dev has an unknown placeholder; expected {repository},",
+		"'ghcr.io/{repo}:dev'": "rule 2, line 4: images: ghcr.io/{repo}:dev can match no image",
 	} {
 		tests = append(tests, struct{ trust, want string }{good + "- claims: {environment: dev}\n  images: [" + image + "]", want})
 	}
@@ -361,7 +361,7 @@ func FuzzPolicy(f *testing.F) {
 			t.Fatalf("%d rules, plainly %d: %v", len(p.rules), len(plain), err)
 		}
 		for i, r := range p.rules {
-			if _, unmet := r.unmetCondition(claims{}); !unmet {
+			if r.unmetCondition(claims{}) == nil {
 				t.Errorf("rule %d is for anyone", i+1)
 			}
 			read := map[string]any{}
@@ -383,7 +383,7 @@ func FuzzPolicy(f *testing.F) {
 
 func patternTexts(patterns []pattern) (texts []string) {
 	for _, p := range patterns {
-		texts = append(texts, p.String())
+		texts = append(texts, string(p))
 	}
 	return texts
 }
