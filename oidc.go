@@ -15,6 +15,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -38,18 +39,16 @@ const (
 	maxKeyDocument     = 1 << 20
 )
 
-// errNoKeys means that no token can be verified: the issuer's keys were never
-// fetched or are older than keyGrace. It says nothing about the token.
-var errNoKeys = errors.New("no usable keys of the issuer")
+// errNoKeys says nothing about the token: none can be verified.
+var errNoKeys = errors.New("no usable keys: they were never fetched, or last more than a day ago")
 
 var signatureAlgorithms = []jose.SignatureAlgorithm{jose.RS256}
 
-// forbiddenHeaders bring keys of their own or change how a token is read. Other
-// members that verify does not know are ignored (RFC 7515, section 4).
+// forbiddenHeaders bring keys of their own or change how a token is read. Unknown
+// members are ignored (RFC 7515, section 4).
 var forbiddenHeaders = []string{"jwk", "jku", "x5u", "x5c", "crit", "b64", "zip", "enc", "cty"}
 
-// claims are the claims of a token that are JSON strings, by name. GitHub writes
-// every claim of its own as a string, ids and booleans included:
+// claims are the claims of a token that are strings, as all of GitHub's own are:
 // https://docs.github.com/en/actions/reference/security/oidc
 type claims map[string]string
 
@@ -90,24 +89,21 @@ func newVerifier(issuer, audience string, client *http.Client, log *slog.Logger,
 }
 
 // verify returns the claims of a token that is valid now. Every error except
-// errNoKeys is a denial. Its text is for the log: it names the failed check and
-// never holds a part of the token that could be replayed.
-//
-// The cheapest checks run first, and nothing in the payload is read before the
-// signature is known to be good.
+// errNoKeys is a denial; it is for the log and never repeats the token. Nothing in
+// the payload is read before the signature is known to be good.
 func (v *verifier) verify(token string) (claims, error) {
 	kid, err := checkHeader(token)
 	if err != nil {
 		return nil, err
 	}
-	set, err := v.current()
+	set, err := v.usableKeys()
 	if err != nil {
 		return nil, err
 	}
 	key := set.byID[kid]
 	if key == nil {
-		// GitHub publishes a key long before it signs with it, so denying the
-		// token and fetching the keys in the background costs nobody a request.
+		// GitHub publishes a key long before it signs with it, so a fetch in the
+		// background comes early enough.
 		select {
 		case v.unknownKid <- struct{}{}:
 		default:
@@ -129,16 +125,15 @@ func (v *verifier) verify(token string) (claims, error) {
 	return v.checkClaims(members)
 }
 
-// checkHeader returns the kid. It runs before go-jose parses the token, because
-// go-jose parses embedded keys and certificates as well.
+// checkHeader returns the kid. It runs before go-jose, which parses embedded keys
+// and certificates as well.
 func checkHeader(token string) (kid string, err error) {
-	if len(token) > maxTokenBytes {
+	switch n := strings.Count(token, ".") + 1; {
+	case len(token) > maxTokenBytes:
 		return "", fmt.Errorf("token: %d bytes, expected at most %d", len(token), maxTokenBytes)
-	}
-	if n := strings.Count(token, ".") + 1; n != 3 {
+	case n != 3:
 		return "", fmt.Errorf("token: %d segments, expected 3", n)
-	}
-	if strings.ContainsAny(token, "\r\n") { // encoding/base64 skips them
+	case strings.ContainsAny(token, "\r\n"): // encoding/base64 skips them
 		return "", errors.New("token: has a line break")
 	}
 	segment, _, _ := strings.Cut(token, ".")
@@ -155,16 +150,14 @@ func checkHeader(token string) (kid string, err error) {
 			return "", fmt.Errorf("header: member %s is not allowed", name)
 		}
 	}
-	if members["alg"] != string(jose.RS256) {
-		return "", fmt.Errorf("header: alg is %s, expected RS256", show(members["alg"]))
-	}
-	if typ, ok := members["typ"]; ok { // a media type, so in any case (RFC 7515, section 4.1.9)
-		if s, _ := typ.(string); lowerASCII(s) != "jwt" {
-			return "", fmt.Errorf("header: typ is %s, expected JWT", show(typ))
-		}
-	}
+	typ, hasType := members["typ"]
 	kid, _ = members["kid"].(string)
-	if kid == "" || len(kid) > 256 {
+	switch {
+	case members["alg"] != string(jose.RS256):
+		return "", fmt.Errorf("header: alg is %s, expected RS256", show(members["alg"]))
+	case hasType && !strings.EqualFold(fmt.Sprint(typ), "JWT"): // RFC 7515, section 4.1.9
+		return "", fmt.Errorf("header: typ is %s, expected JWT", show(typ))
+	case kid == "" || len(kid) > 256:
 		return "", fmt.Errorf("header: kid is %s, expected a string of 1 to 256 bytes", show(members["kid"]))
 	}
 	return kid, nil
@@ -187,8 +180,7 @@ func decodeObject(data []byte) (members map[string]any, err error) {
 	return members, nil
 }
 
-// checkClaims checks what every token for this service must say, whatever the
-// policy. All of it is required: an absent claim is never a permission.
+// checkClaims checks what every token must say, whatever the policy.
 func (v *verifier) checkClaims(members map[string]any) (claims, error) {
 	c := stringClaims(members)
 	if c["iss"] != v.issuer {
@@ -274,28 +266,24 @@ func show(value any) string {
 	return cmp.Or(sanitize(fmt.Sprint(value)), "empty")
 }
 
-// current returns the keys, as long as they may be used.
-func (v *verifier) current() (*keySet, error) {
+// usableKeys returns the last good keys for up to keyGrace.
+func (v *verifier) usableKeys() (*keySet, error) {
 	set := v.keys.Load()
-	if set == nil {
-		return nil, fmt.Errorf("%w: they were never fetched", errNoKeys)
-	}
-	if age := v.now().Sub(set.fetched); age > keyGrace {
-		return nil, fmt.Errorf("%w: they were last fetched %s ago", errNoKeys, age.Round(time.Second))
+	if set == nil || v.now().Sub(set.fetched) > keyGrace {
+		return nil, errNoKeys
 	}
 	return set, nil
 }
 
 // ready is nil while tokens can be verified.
 func (v *verifier) ready() error {
-	_, err := v.current()
+	_, err := v.usableKeys()
 	return err
 }
 
 // run fetches the keys until ctx is done: at once, then every keyRefreshInterval,
-// or sooner after an unknown kid. A flood of forged kids costs the issuer one
-// fetch per keyFetchGap. A failed fetch is retried with backoff while there are
-// no keys, and every keyFetchGap once there are.
+// or sooner after an unknown kid, but not within keyFetchGap. It retries with
+// backoff while there are no keys, and every keyFetchGap once there are.
 func (v *verifier) run(ctx context.Context) {
 	backoff := time.Second
 	for ctx.Err() == nil {
@@ -320,13 +308,11 @@ func (v *verifier) run(ctx context.Context) {
 // spread varies d by a tenth, so that replicas do not fetch in step.
 func spread(d time.Duration) time.Duration { return d - d/10 + rand.N(d/5) }
 
-// refresh replaces the keys with those that the issuer publishes now, or leaves
-// them as they are. An issuer revokes a key by removing it, so the new set counts
-// as it is; a set without usable keys is taken for a fault.
+// refresh replaces the keys by those that the issuer publishes now: it revokes a
+// key by removing it. A set without usable keys is taken for a fault.
 func (v *verifier) refresh(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, keyFetchTimeout)
 	defer cancel()
-	fetched := v.now()
 	var discovery struct {
 		Issuer  string `json:"issuer"`
 		JWKSURI string `json:"jwks_uri"`
@@ -348,7 +334,7 @@ func (v *verifier) refresh(ctx context.Context) error {
 	if err := v.get(ctx, discovery.JWKSURI, &jwks); err != nil {
 		return err
 	}
-	set := &keySet{byID: map[string]*rsa.PublicKey{}, fetched: fetched}
+	set := &keySet{byID: map[string]*rsa.PublicKey{}, fetched: v.now()}
 	for _, raw := range jwks.Keys {
 		if kid, key := parseKey(raw); key != nil && set.byID[kid] == nil {
 			set.byID[kid] = key
@@ -357,10 +343,8 @@ func (v *verifier) refresh(ctx context.Context) error {
 	if len(set.byID) == 0 {
 		return fmt.Errorf("%s: none of %d keys is usable", discovery.JWKSURI, len(jwks.Keys))
 	}
-	equal := func(a, b *rsa.PublicKey) bool { return a.Equal(b) }
-	if old := v.keys.Swap(set); old == nil || !maps.EqualFunc(old.byID, set.byID, equal) {
-		v.log.Info("fetched the issuer's keys", "issuer", v.issuer,
-			"kids", slices.Sorted(maps.Keys(set.byID)), "skipped", len(jwks.Keys)-len(set.byID))
+	if old := v.keys.Swap(set); old == nil || !reflect.DeepEqual(old.byID, set.byID) {
+		v.log.Info("fetched the issuer's keys", "issuer", v.issuer, "kids", slices.Sorted(maps.Keys(set.byID)), "skipped", len(jwks.Keys)-len(set.byID))
 	}
 	return nil
 }
@@ -379,24 +363,21 @@ func (v *verifier) get(ctx context.Context, address string, into any) error {
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s: status %s", address, sanitize(resp.Status))
 	}
-	body := io.LimitReader(resp.Body, maxKeyDocument)
-	if err := josejson.NewDecoder(body).Decode(into); err != nil {
+	if err := josejson.NewDecoder(io.LimitReader(resp.Body, maxKeyDocument)).Decode(into); err != nil {
 		return fmt.Errorf("%s: %s", address, sanitize(err.Error()))
 	}
 	return nil
 }
 
-// parseKey reads one key of a JWKS, or returns nil for one that is not usable.
-// go-jose decodes a whole set or nothing, and a key of an unknown type must not
-// spoil the others (RFC 7517, section 5).
+// parseKey returns nil for a key that is not usable. It must not spoil the others
+// (RFC 7517, section 5), and go-jose decodes a whole set or nothing.
 func parseKey(raw json.RawMessage) (kid string, key *rsa.PublicKey) {
 	var jwk jose.JSONWebKey
-	if err := jwk.UnmarshalJSON(raw); err != nil {
+	if jwk.UnmarshalJSON(raw) != nil || jwk.KeyID == "" || jwk.Use != "" && jwk.Use != "sig" || jwk.Algorithm != "" && jwk.Algorithm != string(jose.RS256) {
 		return "", nil
 	}
 	key, ok := jwk.Key.(*rsa.PublicKey)
-	if !ok || jwk.KeyID == "" || jwk.Use != "" && jwk.Use != "sig" || jwk.Algorithm != "" && jwk.Algorithm != string(jose.RS256) ||
-		key.N.BitLen() < 2048 || key.N.BitLen() > 4096 || key.N.Bit(0) == 0 ||
+	if !ok || key.N.BitLen() < 2048 || key.N.BitLen() > 4096 || key.N.Bit(0) == 0 ||
 		key.E < 65537 || key.E > 1<<31-1 || key.E%2 == 0 { // FIPS 186-5, and the limit of crypto/rsa
 		return "", nil
 	}

@@ -75,12 +75,17 @@ func TestVerifyRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	pubPEM := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: pubDER})
-	signedBy := func(alg string, sign func(input string) []byte) string {
+	input := func(alg string) string { // of the signature
 		h := issuer.header()
 		h["alg"] = alg
-		input := b64(jsonBytes(t, h)) + "." + b64(payload)
-		return input + "." + b64(sign(input))
+		return b64(jsonBytes(t, h)) + "." + b64(payload)
 	}
+	signedBy := func(alg string, key crypto.Signer, opts crypto.SignerOpts) string {
+		return input(alg) + "." + b64(signDigest(t, key, opts, input(alg)))
+	}
+	pss := &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash, Hash: crypto.SHA256}
+	hmacInput, mac := input("HS256"), hmac.New(sha256.New, pubPEM)
+	mac.Write([]byte(hmacInput))
 	// A payload whose base64url has both - and _, for the alphabet's sake.
 	odd := issuer.token(t, issuer.claimsWith(map[string]any{"environment": "???>>>???>>>~~~", "x": "??>>", "xx": "?>?>?>~~"}))
 	stdAlphabet := strings.NewReplacer("-", "+", "_", "/").Replace(odd)
@@ -91,6 +96,10 @@ func TestVerifyRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	foreign, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	elliptical, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,42 +143,20 @@ func TestVerifyRefuses(t *testing.T) {
 		{"header cut off", issuer.signRaw(t, []byte(headerJSON[:len(headerJSON)-1]), payload), "header: not a JSON object"},
 		{"alg none, unsigned", b64([]byte(`{"alg":"none","kid":"x"}`)) + "." + goodParts[1] + ".", "header: alg is none"},
 		{"alg in another case", issuer.signRaw(t, []byte(strings.Replace(headerJSON, `"alg"`, `"Alg"`, 1)), payload), "header: alg is absent"},
-		{"HS256 with the public key", signedBy("HS256", func(input string) []byte {
-			mac := hmac.New(sha256.New, pubPEM)
-			mac.Write([]byte(input))
-			return mac.Sum(nil)
-		}), "header: alg is HS256"},
-		{"RS384", signedBy("RS384", func(input string) []byte { return signRSA(t, issuer, crypto.SHA384, input) }), "header: alg is RS384"},
-		{"RS512", signedBy("RS512", func(input string) []byte { return signRSA(t, issuer, crypto.SHA512, input) }), "header: alg is RS512"},
-		{"RS384 said to be RS256", signedBy("RS256", func(input string) []byte { return signRSA(t, issuer, crypto.SHA384, input) }), "signature: not made with key"},
-		{"PS256", signedBy("PS256", func(input string) []byte { return signPSS(t, issuer, input) }), "header: alg is PS256"},
-		{"PS256 said to be RS256", signedBy("RS256", func(input string) []byte { return signPSS(t, issuer, input) }), "signature: not made with key"},
-		{"ES256", signedBy("ES256", func(input string) []byte {
-			key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-			if err != nil {
-				t.Fatal(err)
-			}
-			sum := sha256.Sum256([]byte(input))
-			r, s, err := ecdsa.Sign(rand.Reader, key, sum[:])
-			if err != nil {
-				t.Fatal(err)
-			}
-			return append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)
-		}), "header: alg is ES256"},
+		{"HS256 with the public key", hmacInput + "." + b64(mac.Sum(nil)), "header: alg is HS256"},
+		{"RS384", signedBy("RS384", issuer.signing, crypto.SHA384), "header: alg is RS384"},
+		{"RS512", signedBy("RS512", issuer.signing, crypto.SHA512), "header: alg is RS512"},
+		{"RS384 said to be RS256", signedBy("RS256", issuer.signing, crypto.SHA384), "signature: not made with key"},
+		{"PS256", signedBy("PS256", issuer.signing, pss), "header: alg is PS256"},
+		{"PS256 said to be RS256", signedBy("RS256", issuer.signing, pss), "signature: not made with key"},
+		{"ES256", signedBy("ES256", elliptical, crypto.SHA256), "header: alg is ES256"},
+		{"ES256 said to be RS256", signedBy("RS256", elliptical, crypto.SHA256), "signature: not made with key"},
+		{"signed by someone else", signedBy("RS256", foreign, crypto.SHA256), "signature: not made with key"},
 		{"duplicate alg", rawHeader(`"alg":"RS256"`), "header: not a JSON object"},
 		{"duplicate kid, escaped", rawHeader(`"k\u0069d":"x"`), "header: not a JSON object"},
 		{"kid unknown", header("kid", "../../etc/passwd\n"), `header: kid ../../etc/passwd\n is none of the issuer's 1 keys`},
 		{"kid of 256 bytes is looked up", header("kid", strings.Repeat("k", 256)), "is none of the issuer's 1 keys"},
 
-		{"signed by someone else", func() string {
-			input := goodParts[0] + "." + goodParts[1]
-			sum := sha256.Sum256([]byte(input))
-			s, err := rsa.SignPKCS1v15(nil, foreign, crypto.SHA256, sum[:])
-			if err != nil {
-				t.Fatal(err)
-			}
-			return input + "." + b64(s)
-		}(), "signature: not made with key"},
 		{"payload of another token", goodParts[0] + "." + b64([]byte(strings.Replace(string(payload), "acme", "evil", 1))) + "." + goodParts[2], "signature: not made with key"},
 		{"short signature", goodParts[0] + "." + goodParts[1] + ".AAAA", "signature: not made with key"},
 		{"signature with a zero byte before", goodParts[0] + "." + goodParts[1] + "." + b64(append([]byte{0}, unb64(t, goodParts[2])...)), "signature: not made with key"},
@@ -380,19 +367,11 @@ func flipLastBit(segment string) string {
 	return segment[:last] + string(alphabet[strings.IndexByte(alphabet, segment[last])^1])
 }
 
-func signRSA(t *testing.T, issuer *testIssuer, hash crypto.Hash, input string) []byte {
-	h := hash.New()
+// signDigest signs with RSASSA-PKCS1-v1_5, RSASSA-PSS or ECDSA, as key and opts say.
+func signDigest(t *testing.T, key crypto.Signer, opts crypto.SignerOpts, input string) []byte {
+	h := opts.HashFunc().New()
 	h.Write([]byte(input))
-	s, err := rsa.SignPKCS1v15(nil, issuer.signing.PrivateKey, hash, h.Sum(nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-func signPSS(t *testing.T, issuer *testIssuer, input string) []byte {
-	sum := sha256.Sum256([]byte(input))
-	s, err := rsa.SignPSS(rand.Reader, issuer.signing.PrivateKey, crypto.SHA256, sum[:], &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash})
+	s, err := key.Sign(rand.Reader, h.Sum(nil), opts)
 	if err != nil {
 		t.Fatal(err)
 	}
