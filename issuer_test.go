@@ -20,12 +20,10 @@ type testIssuer struct {
 	discoveryFetches, jwksFetches *atomic.Int64
 	down, hang                    *atomic.Bool
 	discovery, jwks               *atomic.Pointer[http.HandlerFunc]
-	signing                       testKey
-}
-
-type testKey struct {
-	kid string
-	*rsa.PrivateKey
+	signing                       struct {
+		kid string
+		*rsa.PrivateKey
+	}
 }
 
 func newTestIssuer(t testing.TB) *testIssuer {
@@ -39,20 +37,8 @@ func newTestIssuer(t testing.TB) *testIssuer {
 	return test
 }
 
-func testKeys() []*rsa.PrivateKey { return []*rsa.PrivateKey{fake.RSAKey(0), fake.RSAKey(1)} }
-
-func publicKey(kid string, key *rsa.PublicKey) map[string]any { return fake.PublicKey(kid, key) }
-
-type offline struct{ issuer *testIssuer }
-
-func (o offline) RoundTrip(r *http.Request) (*http.Response, error) {
-	return o.issuer.Offline().Transport.RoundTrip(r)
-}
-
 func (i *testIssuer) client() *http.Client  { return i.Client() }
 func (i *testIssuer) offline() *http.Client { return i.Offline() }
-func (i *testIssuer) announce() testKey     { return testKey{kid: i.Announce()} }
-func (i *testIssuer) revoke()               { i.Revoke() }
 
 func (i *testIssuer) rotate() {
 	i.Rotate()
@@ -65,13 +51,19 @@ func (i *testIssuer) claimsWith(changes map[string]any) map[string]any {
 	return i.Claims(i.now(), changes)
 }
 
-func (i *testIssuer) header() map[string]any { return i.Header() }
-
 func (i *testIssuer) token(_ testing.TB, claims map[string]any) string { return i.Token(claims) }
 
 func (i *testIssuer) sign(t testing.TB, header map[string]any, payload []byte) string {
-	t.Helper()
 	return i.signRaw(t, jsonBytes(t, header), payload)
+}
+
+// tokenWithHeader changes a member of the header; nil removes it.
+func (i *testIssuer) tokenWithHeader(t testing.TB, name string, value any) string {
+	h := i.Header()
+	if h[name] = value; value == nil {
+		delete(h, name)
+	}
+	return i.sign(t, h, jsonBytes(t, i.claims()))
 }
 
 func (i *testIssuer) signRaw(_ testing.TB, header, payload []byte) string {

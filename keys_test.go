@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"kuberollouttrigger/internal/fake"
 )
 
 // inBubble runs the verifier in a synctest bubble, whose clock begins in 2000.
@@ -48,7 +50,7 @@ func pass(d time.Duration) {
 
 // forgedToken has a kid that the issuer never published.
 func forgedToken(t *testing.T, issuer *testIssuer, kid string) string {
-	h := issuer.header()
+	h := issuer.Header()
 	h["kid"] = kid
 	return b64(jsonBytes(t, h)) + ".e30.AAAA"
 }
@@ -189,7 +191,7 @@ func TestRotation(t *testing.T) {
 	issuer := newTestIssuer(t)
 	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
 		// As GitHub does it: published first, used later. Nobody is denied.
-		issuer.announce()
+		issuer.Announce()
 		pass(11 * time.Minute)
 		_, old := v.verify(issuer.token(t, issuer.claims()))
 		issuer.rotate()
@@ -208,9 +210,9 @@ func TestRotation(t *testing.T) {
 			t.Errorf("unannounced: %v", err)
 		}
 		// No longer published: no longer accepted.
-		issuer.announce()
+		issuer.Announce()
 		issuer.rotate()
-		issuer.revoke()
+		issuer.Revoke()
 		pass(11 * time.Minute)
 		if _, err := v.verify(fresh); err == nil || !strings.Contains(err.Error(), "is none of the issuer's 1 keys") {
 			t.Errorf("revoked: %v", err)
@@ -234,9 +236,9 @@ func TestRefresh(t *testing.T) {
 	jwks := func(keys ...any) http.HandlerFunc {
 		return body(string(jsonBytes(t, map[string]any{"keys": keys})))
 	}
-	public := &testKeys()[0].PublicKey
+	public := &fake.RSAKey(0).PublicKey
 	key := func(changes map[string]any) any {
-		k := publicKey("other", public)
+		k := fake.PublicKey("other", public)
 		maps.Copy(k, changes)
 		maps.DeleteFunc(k, func(_ string, v any) bool { return v == nil })
 		return k
@@ -295,7 +297,7 @@ func TestRefresh(t *testing.T) {
 		{name: "for RS384", jwks: jwks(key(map[string]any{"alg": "RS384"})), err: "none of 1 keys is usable"},
 		{name: "for PS256", jwks: jwks(key(map[string]any{"alg": "PS256"})), err: "none of 1 keys is usable"},
 		{name: "kid missing", jwks: jwks(key(map[string]any{"kid": nil})), err: "none of 1 keys is usable"},
-		{name: "1024 bits", jwks: jwks(publicKey("small", &small.PublicKey)), err: "none of 1 keys is usable"},
+		{name: "1024 bits", jwks: jwks(fake.PublicKey("small", &small.PublicKey)), err: "none of 1 keys is usable"},
 		{name: "2047 bits", jwks: jwks(key(map[string]any{"n": modulus(2047, 1)})), err: "none of 1 keys is usable"},
 		{name: "4097 bits", jwks: jwks(key(map[string]any{"n": modulus(4097, 1)})), err: "none of 1 keys is usable"},
 		{name: "even modulus", jwks: jwks(key(map[string]any{"n": modulus(2048, 0)})), err: "none of 1 keys is usable"},
@@ -304,7 +306,7 @@ func TestRefresh(t *testing.T) {
 		{name: "exponent even", jwks: jwks(key(map[string]any{"e": "AQAC"})), err: "none of 1 keys is usable"},
 		{name: "exponent of 33 bits", jwks: jwks(key(map[string]any{"e": "AQAAAAE"})), err: "none of 1 keys is usable"},
 		{name: "a private key", jwks: jwks(key(map[string]any{
-			"d": b64(testKeys()[0].D.Bytes()), "p": b64(testKeys()[0].Primes[0].Bytes()), "q": b64(testKeys()[0].Primes[1].Bytes()),
+			"d": b64(fake.RSAKey(0).D.Bytes()), "p": b64(fake.RSAKey(0).Primes[0].Bytes()), "q": b64(fake.RSAKey(0).Primes[1].Bytes()),
 		})), err: "none of 1 keys is usable"},
 		{name: "a kid used twice", jwks: jwks(key(nil), key(map[string]any{"n": modulus(4096, 1)})), want: []string{"other"}},
 	} {
@@ -374,7 +376,7 @@ func TestIssuerWithPath(t *testing.T) {
 				if req.URL.Path != "/.well-known/jwks" {
 					req.URL.Path = "/.well-known/openid-configuration"
 				}
-				return offline{issuer}.RoundTrip(req)
+				return issuer.Offline().Transport.RoundTrip(req)
 			})}
 			url := issuer.URL + path
 			document := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -137,7 +137,7 @@ func rereadObject(t *testing.T, data []byte) map[string]any {
 func BenchmarkVerify(b *testing.B) {
 	issuer := newTestIssuer(b)
 	v := newTestVerifier(b, issuer)
-	forged := issuer.header()
+	forged := issuer.Header()
 	forged["kid"] = "forged"
 	for _, test := range []struct {
 		name, token string

@@ -20,6 +20,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"kuberollouttrigger/internal/fake"
 )
 
 // newTestVerifier has the issuer's keys and no background.
@@ -46,16 +48,10 @@ func TestVerifyRefuses(t *testing.T) {
 	good := issuer.token(t, issuer.claims())
 	goodParts := strings.Split(good, ".")
 	payload := jsonBytes(t, issuer.claims())
-	headerJSON := string(jsonBytes(t, issuer.header()))
+	headerJSON := string(jsonBytes(t, issuer.Header()))
 
 	// What a case changes: the header, a claim, or the token as a whole.
-	header := func(name string, value any) string {
-		h := issuer.header()
-		if h[name] = value; value == nil {
-			delete(h, name)
-		}
-		return issuer.sign(t, h, payload)
-	}
+	header := func(name string, value any) string { return issuer.tokenWithHeader(t, name, value) }
 	rawHeader := func(members string) string {
 		return issuer.signRaw(t, []byte(strings.TrimSuffix(headerJSON, "}")+","+members+"}"), payload)
 	}
@@ -63,7 +59,7 @@ func TestVerifyRefuses(t *testing.T) {
 		return issuer.token(t, issuer.claimsWith(map[string]any{name: value}))
 	}
 	null := json.RawMessage("null")
-	rawPayload := func(p string) string { return issuer.sign(t, issuer.header(), []byte(p)) }
+	rawPayload := func(p string) string { return issuer.sign(t, issuer.Header(), []byte(p)) }
 	rawClaim := func(member string) string {
 		return rawPayload(strings.TrimSuffix(string(payload), "}") + "," + member + "}")
 	}
@@ -76,7 +72,7 @@ func TestVerifyRefuses(t *testing.T) {
 	}
 	pubPEM := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: pubDER})
 	input := func(alg string) string { // of the signature
-		h := issuer.header()
+		h := issuer.Header()
 		h["alg"] = alg
 		return b64(jsonBytes(t, h)) + "." + b64(payload)
 	}
@@ -201,7 +197,7 @@ func TestVerifyRefuses(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"jwk", "jku", "x5u", "x5c", "crit", "b64", "zip", "enc", "cty"} {
-		for _, value := range []any{null, false, "https://evil.example/jwks", []string{}, []string{"MIIB"}, publicKey("mine", &foreign.PublicKey)} {
+		for _, value := range []any{null, false, "https://evil.example/jwks", []string{}, []string{"MIIB"}, fake.PublicKey("mine", &foreign.PublicKey)} {
 			tests = append(tests, refused{fmt.Sprintf("%s %.20v", name, value), header(name, value), "header: member " + name + " is not allowed"})
 		}
 	}
@@ -270,13 +266,7 @@ func TestVerifyAccepts(t *testing.T) {
 	v := newTestVerifier(t, issuer)
 	now := issuer.now().Unix()
 	payload := jsonBytes(t, issuer.claims())
-	header := func(name string, value any) string {
-		h := issuer.header()
-		if h[name] = value; value == nil {
-			delete(h, name)
-		}
-		return issuer.sign(t, h, payload)
-	}
+	header := func(name string, value any) string { return issuer.tokenWithHeader(t, name, value) }
 	with := func(changes map[string]any) string { return issuer.token(t, issuer.claimsWith(changes)) }
 	plain := []byte(`{"alg":"RS256","kid":"` + issuer.signing.kid + `"}`)
 	for len(plain)%3 != 1 { // so that the last character has bits to spare
@@ -305,7 +295,7 @@ func TestVerifyAccepts(t *testing.T) {
 		{"trailing bits of the header", flipLastBit(goodHeader) + strings.TrimPrefix(good, goodHeader), nil},
 		{"header with blanks", issuer.signRaw(t, []byte(" {\"kid\" : \""+issuer.signing.kid+"\" ,\n\"alg\":\"RS256\" } "), payload), nil},
 		{"header escaped", issuer.signRaw(t, []byte(`{"kid":"`+issuer.signing.kid+`","a\u006cg":"RS\u003256"}`), payload), nil},
-		{"payload with blanks", issuer.sign(t, issuer.header(), []byte(strings.NewReplacer(`":`, "\" : ", `,"`, " ,\n\t\"").Replace(string(payload))+"\n")), map[string]string{"repository": "acme/api"}},
+		{"payload with blanks", issuer.sign(t, issuer.Header(), []byte(strings.NewReplacer(`":`, "\" : ", `,"`, " ,\n\t\"").Replace(string(payload))+"\n")), map[string]string{"repository": "acme/api"}},
 		{"aud in a list", with(map[string]any{"aud": []string{testAudience}}), map[string]string{"aud": "-"}},
 		{"Repository_Owner beside the claim", with(map[string]any{"Repository_Owner": "evil"}), map[string]string{"repository_owner": "acme", "Repository_Owner": "evil"}},
 		{"claims that are no strings", with(map[string]any{"environment": 1, "event_name": true, "ref": json.RawMessage("null"), "list": []any{"a"}, "object": map[string]any{"ref": "x"}}), map[string]string{"environment": "-", "event_name": "-", "ref": "-", "list": "-", "object": "-"}},
