@@ -48,7 +48,8 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 		}
 		return nil
 	})
-	flags.Func("image", "image that the job asks for, with its tag; repeated or separated by commas for one request with several tags", func(v string) (err error) {
+	const imageUsage = "image that the job asks for, with its tag; repeated or separated by commas for one request with several tags"
+	flags.Func("image", imageUsage, func(v string) (err error) {
 		for s := range strings.SplitSeq(v, ",") {
 			image, wrong := parseImage(strings.TrimSpace(s))
 			images, err = append(images, image), cmp.Or(err, wrong)
