@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -152,10 +153,10 @@ func TestLaggingWatch(t *testing.T) {
 	}
 	w := startWorker(t, kube)
 	kube.Lock()
-	kube.Lag = func() time.Duration { return time.Second }
+	kube.Lag = func() time.Duration { return 150 * time.Millisecond }
 	kube.Unlock()
 	last, requests := make([]string, deployments), 0
-	for begun := time.Now(); time.Since(begun) < 300*time.Millisecond; requests++ {
+	for begun := time.Now(); time.Since(begun) < 500*time.Millisecond; requests++ {
 		i := requests % deployments
 		last[i] = w.publish(image(i))
 		w.awaitRestart(fmt.Sprintf("a/api-%d", i), last[i])
@@ -171,6 +172,34 @@ func TestLaggingWatch(t *testing.T) {
 		}
 		return true
 	})
+}
+
+// A Deployment that is deleted while its patch is answered does not come back.
+func TestAnswerAfterDeletion(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: apiDev})
+	var w *testWorker
+	kube.Front = func(rw http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodPatch || !strings.HasSuffix(r.URL.Path, "/api") {
+			return false
+		}
+		answer := httptest.NewRecorder()
+		kube.ServeHTTP(answer, r)
+		kube.Delete("a/api")
+		for deadline := time.Now().Add(5 * time.Second); w.cache.get("a/api") != nil && time.Now().Before(deadline); {
+			time.Sleep(time.Millisecond)
+		}
+		rw.Header().Set("Content-Type", "application/json")
+		rw.Write(answer.Body.Bytes())
+		return true
+	}
+	w = startWorker(t, kube)
+	w.publish(apiDev)
+	eventually(t, "the patch is answered", func() bool { return w.logs.has(`"msg":"restarted"`, `"deployment":"api"`) })
+	if w.cache.get("a/api") != nil {
+		t.Error("it is in the cache again")
+	}
 }
 
 // Lists are read page by page, the first one and a relist, and are complete when a
