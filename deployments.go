@@ -28,7 +28,7 @@ var deploymentsResource = schema.GroupVersionResource{Group: "apps", Version: "v
 const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
 
 const (
-	listPage = 500 // Deployments in one page of a list
+	listPage = 250 // Deployments in one page of a list
 
 	// requestTimeout bounds one page of a list, and the start of a watch: a proxy
 	// may hold either forever.

@@ -35,7 +35,7 @@ func BenchmarkWorkerMemory(b *testing.B) {
 		api := newAPIProxy(b, c.url)
 		kubeconfig := user{name: "admin", token: adminToken}.kubeconfig(b, api.url)
 		begun := time.Now()
-		worker := launchWorker(b, programPath, valkey.addr, kubeconfig, fmt.Sprintf("GOMEMLIMIT=%d", request))
+		worker := launchWorker(b, programPath, valkey.addr, kubeconfig, "GOMEMLIMIT="+goMemLimit(b, container))
 		worker.waitReady(b, 2*time.Minute)
 		ready += time.Since(begun)
 		listed := memoryKiB(b, worker, "VmHWM")
@@ -69,6 +69,19 @@ func BenchmarkWorkerMemory(b *testing.B) {
 	if int64(peak)<<10 > request {
 		b.Errorf("the peak is %d KiB, and k8s/ requests %d", peak, request>>10)
 	}
+}
+
+// goMemLimit is the value of GOMEMLIMIT in a container's environment.
+func goMemLimit(b *testing.B, container map[string]any) string {
+	b.Helper()
+	env, _, _ := unstructured.NestedSlice(container, "env")
+	for _, variable := range env {
+		if v := variable.(map[string]any); v["name"] == "GOMEMLIMIT" {
+			return v["value"].(string)
+		}
+	}
+	b.Fatal("the container has no GOMEMLIMIT")
+	return ""
 }
 
 // createLarge fills 40 namespaces with Deployments of 6 kB, of which the first few
