@@ -106,6 +106,23 @@ func TestImageSetBeforeTheRequest(t *testing.T) {
 	}
 }
 
+// A change of the status, as there are many, does not make the image look newer.
+func TestStatusChangedAfterTheRequest(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/api", fake.Spec{Image: "ghcr.io/acme/api:v1"})
+	w := startWorker(t, kube)
+	at := time.Now().Add(-30 * time.Second).UnixMicro()
+	w.valkey.ZAdd("krt:requested", float64(at), apiDev)
+	w.caughtUpAgain()
+	kube.ChangeUnseen(func() {
+		kube.ChangeAs("a/api", "kubectl", time.Now().Add(-time.Minute), setImage(apiDev))
+		kube.ChangeStatus("a/api", func(object map[string]any) { object["status"] = map[string]any{"replicas": int64(1)} })
+	})
+	kube.BreakWatches()
+	w.awaitRestart("a/api", formatTime(at))
+}
+
 // One that is set to it after the request is not, whatever the watch does and
 // whatever happens to it later.
 func TestImageSetAfterTheRequest(t *testing.T) {
