@@ -63,6 +63,20 @@ func TestCatchUpWindow(t *testing.T) {
 	}
 }
 
+// A request that was caught up expires by when it was made, not by when it was read.
+func TestCaughtUpExpires(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/paused", fake.Spec{Image: apiDev, Paused: true})
+	m, _ := testValkey(t)
+	m.ZAdd("krt:requested", float64(time.Now().Add(-50*time.Minute).UnixMicro()), apiDev)
+	w := startWorkerOn(t, kube, m)
+	eventually(t, "it is deferred", func() bool { return w.logs.has(`"reason":"paused"`, `"deployment":"paused"`) })
+	w.ahead.Store(int64(11 * time.Minute))
+	kube.Change("a/paused", setPaused(false))
+	eventually(t, "it has expired", func() bool { return w.logs.has(`"reason":"expired"`, `"deployment":"paused"`) })
+}
+
 // WORKER_CATCH_UP=0 reads nothing from the ledger, and messages work.
 func TestNoCatchUp(t *testing.T) {
 	t.Parallel()
