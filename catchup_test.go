@@ -150,6 +150,19 @@ func TestClockPutRight(t *testing.T) {
 	}
 }
 
+// What is too far ahead is measured as the script measures it, by Valkey's clock.
+func TestClockAheadAndThenBehind(t *testing.T) {
+	t.Parallel()
+	kube := newKubernetes(t)
+	kube.Create("a/both", fake.Spec{Image: apiDev, Init: initDev})
+	w := startWorker(t, kube)
+	for _, ahead := range []time.Duration{23 * time.Hour, 0, -2 * time.Hour} {
+		w.setValkeyClock(time.Now().Add(ahead))
+		w.awaitRestart("a/both", w.publish(apiDev))
+	}
+	w.awaitRestart("a/both", w.publish(initDev))
+}
+
 // A message without T, typed by hand, means now.
 func TestMessageWithoutT(t *testing.T) {
 	t.Parallel()

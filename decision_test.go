@@ -9,11 +9,11 @@ import (
 func TestDecide(t *testing.T) {
 	clock := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
 	at := clock.Add(-10 * time.Minute)
-	now := time.Unix(1_000_000, 0) // the worker's own clock has nothing to do with it
+	now := time.Unix(1_000_000, 0) // the worker's own clock is behind
 	own := func(d time.Duration) string { return formatTime(at.Add(d).UnixMicro()) }
 	other := func(d time.Duration) string { return at.Add(d).Format(time.RFC3339) }
 	const later = 10 * time.Minute // from T to now
-	received := func(ago time.Duration) request { return request{receivedAt: now.Add(-ago), made: now.Add(-ago)} }
+	received := func(ago time.Duration) request { return request{announced: true, made: now.Add(-ago)} }
 	caughtUp := func(ago time.Duration) request { return request{made: now.Add(-ago)} }
 	cached := func(ago time.Duration) usedImage {
 		return usedImage{cachedAt: now.Add(-ago), addedAt: at.Add(-time.Hour)}
@@ -55,20 +55,23 @@ func TestDecide(t *testing.T) {
 		"caught up, added before T":                                     {request: caughtUp(later), image: added(time.Hour, -1), want: due},
 		"caught up, added after T":                                      {request: caughtUp(later), image: added(time.Hour, 1), want: satisfied},
 
-		"just before the window's end":     {request: received(time.Hour - 1), image: cached(2 * time.Hour), want: due},
-		"expired":                          {request: received(time.Hour), image: cached(2 * time.Hour), want: expired},
-		"expired while paused":             {request: caughtUp(time.Hour), image: cached(2 * time.Hour), d: deployment{paused: true}, want: expired},
-		"made in the future":               {request: caughtUp(-time.Hour), image: cached(2 * time.Hour), want: due},
-		"being deleted":                    {request: received(later), image: cached(time.Hour), d: deployment{deleting: true}, want: skipped},
-		"being deleted while paused":       {request: received(later), image: cached(time.Hour), d: deployment{deleting: true, paused: true}, want: skipped},
-		"paused":                           {request: received(later), image: cached(time.Hour), d: deployment{paused: true}, want: deferred},
-		"paused, restarted already":        {request: received(later), image: cached(time.Hour), d: deployment{paused: true, restartedAt: own(0)}, want: satisfied},
-		"restarted just now":               {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, interval: 10 * time.Second, want: deferred},
-		"restarted just now, no interval":  {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, want: due},
-		"restarted an interval ago":        {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-10 * time.Second)}}, interval: 10 * time.Second, want: due},
-		"restarted at an unknown time":     {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{at: own(-1000)}}, interval: 10 * time.Second, want: due},
-		"restarted just now, and expired":  {request: received(time.Hour), image: cached(2 * time.Hour), d: deployment{restarted: restart{own(-1000), now}}, interval: 10 * time.Second, want: expired},
-		"restarted just now and satisfied": {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(0), now}}, interval: 10 * time.Second, want: satisfied},
+		"Valkey behind: other form before the message":        {d: deployment{restartedAt: other(time.Minute)}, request: request{made: at.Add(2 * time.Minute), announced: true}, image: cached(0), want: due},
+		"Valkey behind: other form after the message":         {d: deployment{restartedAt: other(3 * time.Minute)}, request: request{made: at.Add(2 * time.Minute), announced: true}, image: cached(0), want: satisfied},
+		"Valkey behind: added before the message, seen later": {request: request{made: at.Add(2 * time.Minute), announced: true}, image: usedImage{cachedAt: at.Add(time.Hour), addedAt: at.Add(time.Minute)}, want: due},
+		"just before the window's end":                        {request: received(time.Hour - 1), image: cached(2 * time.Hour), want: due},
+		"expired":                                             {request: received(time.Hour), image: cached(2 * time.Hour), want: expired},
+		"expired while paused":                                {request: caughtUp(time.Hour), image: cached(2 * time.Hour), d: deployment{paused: true}, want: expired},
+		"made in the future":                                  {request: caughtUp(-time.Hour), image: cached(2 * time.Hour), want: due},
+		"being deleted":                                       {request: received(later), image: cached(time.Hour), d: deployment{deleting: true}, want: skipped},
+		"being deleted while paused":                          {request: received(later), image: cached(time.Hour), d: deployment{deleting: true, paused: true}, want: skipped},
+		"paused":                                              {request: received(later), image: cached(time.Hour), d: deployment{paused: true}, want: deferred},
+		"paused, restarted already":                           {request: received(later), image: cached(time.Hour), d: deployment{paused: true, restartedAt: own(0)}, want: satisfied},
+		"restarted just now":                                  {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, interval: 10 * time.Second, want: deferred},
+		"restarted just now, no interval":                     {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, want: due},
+		"restarted an interval ago":                           {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-10 * time.Second)}}, interval: 10 * time.Second, want: due},
+		"restarted at an unknown time":                        {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{at: own(-1000)}}, interval: 10 * time.Second, want: due},
+		"restarted just now, and expired":                     {request: received(time.Hour), image: cached(2 * time.Hour), d: deployment{restarted: restart{own(-1000), now}}, interval: 10 * time.Second, want: expired},
+		"restarted just now and satisfied":                    {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(0), now}}, interval: 10 * time.Second, want: satisfied},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tt.request.at = at.UnixMicro()
@@ -99,7 +102,7 @@ func TestClocks(t *testing.T) {
 		if want := own.Add(min(ahead, 0)); !early.Equal(want) || !q.moment().clock.Equal(want.Add(elapsed)) {
 			t.Errorf("Valkey %s ahead: %s, then %s", ahead, early, q.moment().clock)
 		}
-		if want := own.Add(max(ahead, 0) + elapsed).UnixMicro(); q.next() != want {
+		if want := own.Add(ahead + elapsed).UnixMicro(); q.next() != want {
 			t.Errorf("Valkey %s ahead: a message without T gets %d, want %d", ahead, q.next(), want)
 		}
 	}
@@ -123,9 +126,7 @@ func TestRequests(t *testing.T) {
 		{at + 1, true, true},
 	} {
 		r := request{at: step.at, made: now}
-		if step.received {
-			r.receivedAt = now
-		}
+		r.announced = step.received
 		if added, err := q.add(apiDev, r); added != step.added || err != nil {
 			t.Errorf("step %d: %v, %v", i, added, err)
 		}

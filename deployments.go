@@ -53,12 +53,12 @@ type deployment struct {
 	uid             types.UID
 	resourceVersion string
 	created         time.Time // on the API server's clock, as is updated
-	updated         time.Time // newest change of anything but a subresource
+	updated         time.Time // newest change by a manager of the pod template's spec
 	deleting        bool
 	paused          bool
 	restartedAt     string // the pod template's annotation
 	images          []usedImage
-	restarted       restart // the newest that was made or seen; GitOps tools remove the annotation
+	restarted       restart // the newest that was made or seen; GitOps tools reset the annotation
 }
 
 // restart is a value of restartedAt.
@@ -82,10 +82,7 @@ type usedImage struct {
 // GetObjectKind and DeepCopyObject let a list for the reflector carry entries.
 func (d *deployment) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
 
-func (d *deployment) DeepCopyObject() runtime.Object {
-	entry := *d
-	return &entry
-}
+func (d *deployment) DeepCopyObject() runtime.Object { return d } // it never changes
 
 func (d *deployment) key() string { return d.namespace + "/" + d.name }
 
@@ -110,9 +107,9 @@ func newDeployment(u *unstructured.Unstructured) *deployment {
 		deleting:        u.GetDeletionTimestamp() != nil,
 	}
 	for _, entry := range children(child(u.Object, "metadata"), "managedFields") {
-		subresource, _ := entry["subresource"].(string)
+		pods := child(child(child(child(entry, "fieldsV1"), "f:spec"), "f:template"), "f:spec")
 		text, _ := entry["time"].(string)
-		if at, err := time.Parse(time.RFC3339, text); err == nil && subresource == "" && at.After(d.updated) {
+		if at, err := time.Parse(time.RFC3339, text); err == nil && pods != nil && at.After(d.updated) {
 			d.updated = at
 		}
 	}
@@ -161,7 +158,7 @@ func (d *deployment) inherit(previous *deployment, now, seen time.Time) (look bo
 	}
 	d.restarted = previous.restarted
 	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.restarted.at {
-		d.restarted = restart{d.restartedAt, seen}
+		d.restarted = restart{max(d.restartedAt, d.restarted.at), seen}
 	}
 	return look
 }
@@ -217,8 +214,9 @@ func (c *deploymentCache) run(ctx context.Context) error {
 		r := cache.NewReflectorWithOptions(s, nil, s, cache.ReflectorOptions{
 			Name:            "deployments",
 			TypeDescription: "deployments.apps",
-			// The default waits up to a minute for an API server that is back.
-			Backoff: &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 10, Cap: 5 * time.Second},
+			// The default waits up to a minute for an API server that is back. This is
+			// less than watchGrace.
+			Backoff: &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 0.5, Steps: 10, Cap: 3 * time.Second},
 		})
 		wg.Go(func() { r.RunWithContext(ctx) })
 	}
@@ -261,15 +259,26 @@ func (c *deploymentCache) running(ref string) []*deployment {
 	return ds
 }
 
-// put stores a version of a Deployment unless the cache has a newer one: what the
-// API server answers to the worker itself may be ahead of the watch. Such an
-// answer adds nothing, because the watch may have shown already that it is gone.
-func (c *deploymentCache) put(d *deployment, seen time.Time, answer bool) {
+// source is where the cache has a version of a Deployment from.
+type source int
+
+const (
+	fromList   source = iota
+	fromWatch         // older than an answer, perhaps
+	fromAnswer        // of the API server to the worker itself
+)
+
+// put stores a version of a Deployment. A watch may be behind an answer, and an
+// answer behind a watch, which may even have shown that the Deployment is gone.
+func (c *deploymentCache) put(d *deployment, from source) {
 	c.mu.Lock()
-	previous := c.get(d.key())
-	if answer && previous == nil || previous != nil && previous.uid == d.uid && previous.newerThan(d) {
+	previous, seen := c.get(d.key()), c.now()
+	if from == fromAnswer && previous == nil || from != fromList && previous != nil && previous.newerThan(d) {
 		c.mu.Unlock()
 		return
+	}
+	if from == fromList {
+		seen = time.Time{} // nobody knows since when
 	}
 	look := d.inherit(previous, c.now(), seen)
 	c.store.Update(d.key(), d)
@@ -279,8 +288,8 @@ func (c *deploymentCache) put(d *deployment, seen time.Time, answer bool) {
 	}
 }
 
-// newerThan compares versions of one Deployment. Versions that are not the numbers
-// that Kubernetes documents count as equal.
+// newerThan compares versions, also of Deployments that had the same name. Those
+// that are not the numbers that Kubernetes documents count as equal.
 // https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
 func (d *deployment) newerThan(other *deployment) bool {
 	order, err := resourceversion.CompareResourceVersion(d.resourceVersion, other.resourceVersion)
@@ -298,7 +307,7 @@ func (c *deploymentCache) fetch(ctx context.Context, d *deployment) (*deployment
 	if len(list.Items) == 0 {
 		return nil, nil
 	}
-	c.put(newDeployment(&list.Items[0]), c.now(), true)
+	c.put(newDeployment(&list.Items[0]), fromAnswer)
 	return c.get(d.key()), nil
 }
 
@@ -404,15 +413,16 @@ func (s *scope) checkForbidden(verb string, err error) error {
 func (s *scope) Add(object any) error { return s.Update(object) }
 
 func (s *scope) Update(object any) error {
-	s.cache.put(newDeployment(object.(*unstructured.Unstructured)), s.cache.now(), false)
+	s.cache.put(newDeployment(object.(*unstructured.Unstructured)), fromWatch)
 	return nil
 }
 
 func (s *scope) Delete(object any) error {
+	key, err := cache.MetaNamespaceKeyFunc(object)
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
-	s.cache.store.Delete(newDeployment(object.(*unstructured.Unstructured)).key())
-	return nil
+	s.cache.store.Delete(key)
+	return err
 }
 
 // Replace takes a complete list: what is not in it is gone.
@@ -422,7 +432,7 @@ func (s *scope) Replace(items []any, _ string) error {
 	for _, item := range items {
 		d := item.(*deployment) // made by list
 		listed[d.key()] = true
-		c.put(d, time.Time{}, false)
+		c.put(d, fromList)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

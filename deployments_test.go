@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+
 	"kuberollouttrigger/internal/fake"
 )
 
@@ -106,8 +108,8 @@ func TestImageSetBeforeTheRequest(t *testing.T) {
 	}
 }
 
-// A change of the status, as there are many, does not make the image look newer.
-func TestStatusChangedAfterTheRequest(t *testing.T) {
+// Changes of the status and by other managers do not make the image look newer.
+func TestOtherChangesAfterTheRequest(t *testing.T) {
 	t.Parallel()
 	kube := newKubernetes(t)
 	kube.Create("a/api", fake.Spec{Image: "ghcr.io/acme/api:v1"})
@@ -118,6 +120,7 @@ func TestStatusChangedAfterTheRequest(t *testing.T) {
 	kube.ChangeUnseen(func() {
 		kube.ChangeAs("a/api", "kubectl", time.Now().Add(-time.Minute), setImage(apiDev))
 		kube.ChangeStatus("a/api", func(object map[string]any) { object["status"] = map[string]any{"replicas": int64(1)} })
+		kube.ChangeAs("a/api", "autoscaler", time.Now(), func(object map[string]any) { child(object, "spec")["replicas"] = int64(3) })
 	})
 	kube.BreakWatches()
 	w.awaitRestart("a/api", formatTime(at))
@@ -191,31 +194,52 @@ func TestLaggingWatch(t *testing.T) {
 	})
 }
 
-// A Deployment that is deleted while its patch is answered does not come back.
+// A Deployment that is deleted while its patch is answered does not come back, nor
+// does it replace one that was made anew.
 func TestAnswerAfterDeletion(t *testing.T) {
+	t.Parallel()
+	for name, anew := range map[string]bool{"deleted": false, "made anew": true} {
+		kube := newKubernetes(t)
+		kube.Create("a/api", fake.Spec{Image: apiDev})
+		var w *testWorker
+		kube.Front = func(rw http.ResponseWriter, r *http.Request) bool {
+			if r.Method != http.MethodPatch {
+				return false
+			}
+			answer := httptest.NewRecorder()
+			kube.ServeHTTP(answer, r)
+			if kube.Delete("a/api"); anew {
+				kube.Create("a/api", fake.Spec{Image: webDev})
+			}
+			for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+				if d := w.cache.get("a/api"); !anew && d == nil || anew && d != nil && d.image(webDev) != nil {
+					break
+				}
+			}
+			rw.Header().Set("Content-Type", "application/json")
+			rw.Write(answer.Body.Bytes())
+			return true
+		}
+		w = startWorker(t, kube)
+		w.publish(apiDev)
+		eventually(t, "the patch is answered", func() bool { return w.logs.has(`"msg":"restarted"`, `"deployment":"api"`) })
+		if d := w.cache.get("a/api"); (d != nil) != anew || anew && d.image(webDev) == nil {
+			t.Errorf("%s: the cache has %+v", name, d)
+		}
+	}
+}
+
+// A complete list counts, also from an API server that was restored from a backup.
+func TestListOfLowerVersions(t *testing.T) {
 	t.Parallel()
 	kube := newKubernetes(t)
 	kube.Create("a/api", fake.Spec{Image: apiDev})
-	var w *testWorker
-	kube.Front = func(rw http.ResponseWriter, r *http.Request) bool {
-		if r.Method != http.MethodPatch || !strings.HasSuffix(r.URL.Path, "/api") {
-			return false
-		}
-		answer := httptest.NewRecorder()
-		kube.ServeHTTP(answer, r)
-		kube.Delete("a/api")
-		for deadline := time.Now().Add(5 * time.Second); w.cache.get("a/api") != nil && time.Now().Before(deadline); {
-			time.Sleep(time.Millisecond)
-		}
-		rw.Header().Set("Content-Type", "application/json")
-		rw.Write(answer.Body.Bytes())
-		return true
-	}
-	w = startWorker(t, kube)
-	w.publish(apiDev)
-	eventually(t, "the patch is answered", func() bool { return w.logs.has(`"msg":"restarted"`, `"deployment":"api"`) })
-	if w.cache.get("a/api") != nil {
-		t.Error("it is in the cache again")
+	w := startWorker(t, kube)
+	u := &unstructured.Unstructured{Object: kube.Object("a/api")}
+	u.SetResourceVersion("7")
+	setImage(webDev)(u.Object)
+	if err := w.cache.scopes[0].Replace([]any{newDeployment(u)}, "8"); err != nil || len(w.cache.running(webDev)) != 1 {
+		t.Errorf("it is ignored: %v", err)
 	}
 }
 

@@ -162,22 +162,36 @@ func TestCrossedByAnOlderRequest(t *testing.T) {
 	}
 }
 
-// A Deployment of the same name that the watch has not shown yet is another one.
+// A Deployment of the same name that the watch has not shown yet is another one, at
+// the first try and later.
 func TestRecreated(t *testing.T) {
 	t.Parallel()
-	for name, created := range map[string]time.Duration{"before the request": -time.Minute, "after the request": time.Hour} {
-		kube := newKubernetes(t)
-		kube.Create("a/api", fake.Spec{Image: apiDev})
-		w := startWorker(t, kube)
-		kube.ChangeUnseen(func() { kube.Create("a/api", fake.Spec{Image: apiDev, Created: time.Now().Add(created)}) })
-		at := w.request(apiDev)
-		if created < 0 {
-			w.awaitRestart("a/api", at)
-			continue
-		}
-		w.settled()
-		if restartedAt := kube.RestartedAt("a/api"); restartedAt != "" || w.logs.has("restart failed") {
-			t.Errorf("created %s: restarted at %q", name, restartedAt)
+	for _, fails := range []bool{false, true} {
+		for name, created := range map[string]time.Duration{"before the request": -time.Minute, "after the request": time.Hour} {
+			kube := newKubernetes(t)
+			kube.Create("a/api", fake.Spec{Image: apiDev})
+			var works atomic.Bool
+			works.Store(!fails)
+			kube.OnPatch = failUnless(&works)
+			w := startWorker(t, kube)
+			again := func() { kube.Create("a/api", fake.Spec{Image: apiDev, Created: time.Now().Add(created)}) }
+			if !fails {
+				kube.ChangeUnseen(again)
+			}
+			at := w.request(apiDev)
+			if fails {
+				eventually(t, "it fails", func() bool { return w.patches("a/api") > 0 })
+				kube.ChangeUnseen(again)
+				works.Store(true)
+			}
+			if created < 0 {
+				w.awaitRestart("a/api", at)
+				continue
+			}
+			w.settled()
+			if restartedAt := kube.RestartedAt("a/api"); restartedAt != "" {
+				t.Errorf("created %s: restarted at %q", name, restartedAt)
+			}
 		}
 	}
 }

@@ -131,9 +131,9 @@ func parseImage(s string) (string, error) {
 // parseNamed parses a reference by the grammar that Kubernetes uses, and refuses
 // digests.
 func parseNamed(s string) (reference.Named, error) {
-	named, err := reference.ParseNormalizedNamed(s)
+	named, err := parseReference(s)
 	if err != nil {
-		if _, err := reference.ParseNormalizedNamed(strings.ToLower(s)); err == nil {
+		if _, err := parseReference(strings.ToLower(s)); err == nil {
 			// As ${{ github.repository }} of an owner like Acme.
 			return nil, fmt.Errorf("image \"%s\": the name must be in lower case", sanitize(s))
 		}
@@ -145,12 +145,21 @@ func parseNamed(s string) (reference.Named, error) {
 	return named, nil
 }
 
+// parseReference bounds the time that a reference takes: a mebibyte takes half a
+// second. The longest that is valid has fewer than maxMessageBytes.
+func parseReference(s string) (reference.Named, error) {
+	if len(s) > maxMessageBytes {
+		return nil, reference.ErrNameTooLong
+	}
+	return reference.ParseNormalizedNamed(s)
+}
+
 // parseContainerImage returns the canonical form of an image field of a pod
 // template, no tag meaning latest. A pinned image has a digest beside its tag, so
 // that the tag no longer matters. ok is false for what no request can name: an
 // invalid reference, or a digest without a tag.
 func parseContainerImage(image string) (ref string, pinned, ok bool) {
-	named, err := reference.ParseNormalizedNamed(image)
+	named, err := parseReference(image)
 	if err != nil {
 		return "", false, false
 	}

@@ -30,7 +30,7 @@ const (
 	// maxLedger bounds the images in the ledger, for the memory of Valkey and the
 	// workers. More are refused, so that nobody pushes out what others requested.
 	maxLedger  = 20_000
-	ledgerPage = 1_000 // entries that the worker reads at once
+	ledgerPage = 100 // entries that the worker reads at once
 
 	publishTimeout   = 2500 * time.Millisecond // then a job is told to try again
 	valkeyRetryDelay = 250 * time.Millisecond  // of the worker
@@ -250,11 +250,19 @@ func ledgerKey(channel string) string { return channel + ":requested" }
 
 // request is the newest request for an image.
 type request struct {
-	at int64 // T
-	// receivedAt is when the message arrived, zero if the request was caught up.
-	// Like made it is on the worker's monotonic clock, which no jump affects.
-	receivedAt time.Time
-	made       time.Time // when it was made, as far as the worker knows
+	at   int64     // T
+	made time.Time // when, as far as the worker knows, on its own clock
+	// announced: its message arrived, when it was made. Otherwise it was caught up.
+	announced bool
+}
+
+// latest is when the request was made by the later of T and the worker's clock, for
+// comparisons with what other clocks have written.
+func (r request) latest() time.Time {
+	if at := time.UnixMicro(r.at); at.After(r.made) {
+		return at
+	}
+	return r.made
 }
 
 // moment is the time of a decision.
@@ -279,26 +287,28 @@ func newRequests(now func() time.Time) *requests {
 	return &requests{now: now, byImage: map[string]request{}}
 }
 
-// clocks returns Valkey's clock and the worker's own, the earlier one first: one
-// that is wrong must not make a request look too old, nor a restart too new.
-func (q *requests) clocks() (early, late time.Time) {
-	now := q.now()
-	own := now.Round(0) // the wall clock
-	valkey := q.valkey.Add(now.Sub(q.readAt))
-	switch {
-	case q.readAt.IsZero():
-		return own, own
-	case valkey.Before(own):
-		return valkey, own
+// clock is Valkey's clock, or the worker's own until that is known.
+func (q *requests) clock() time.Time {
+	if q.readAt.IsZero() {
+		return q.now().Round(0) // the wall clock
 	}
-	return own, valkey
+	return q.valkey.Add(q.now().Sub(q.readAt))
+}
+
+// earlierClock makes no request look too old, and no restart too new, because one
+// of the two clocks is ahead.
+func (q *requests) earlierClock() time.Time {
+	valkey, own := q.clock(), q.now().Round(0)
+	if own.Before(valkey) {
+		return own
+	}
+	return valkey
 }
 
 // tooFarAhead reports whether Valkey's clock was wrong when it gave T. Remembered,
 // it would satisfy every request for more than a day.
 func (q *requests) tooFarAhead(at int64) bool {
-	_, late := q.clocks()
-	return at > late.Add(ledgerAge).UnixMicro()
+	return at > q.clock().Add(ledgerAge).UnixMicro()
 }
 
 // setClock takes Valkey's clock, returns the earlier of it and the worker's own,
@@ -314,8 +324,7 @@ func (q *requests) setClock(valkey time.Time, age time.Duration) time.Time {
 			q.newest = max(q.newest, r.at)
 		}
 	}
-	early, _ := q.clocks()
-	return early
+	return q.earlierClock()
 }
 
 // add remembers a request if it is the newest for its image, or if its message
@@ -327,7 +336,7 @@ func (q *requests) add(image string, r request) (added bool, err error) {
 	switch {
 	case q.tooFarAhead(r.at):
 		return false, fmt.Errorf("requestedAt %d of image %s is more than %s ahead", r.at, image, ledgerAge)
-	case r.at < previous.at || r.at == previous.at && (r.receivedAt.IsZero() || !previous.receivedAt.IsZero()):
+	case r.at < previous.at || r.at == previous.at && (!r.announced || previous.announced):
 		return false, nil
 	case !known && len(q.byImage) >= 2*maxLedger: // web keeps to maxLedger
 		return false, fmt.Errorf("image %s exceeds the %d that are remembered", image, 2*maxLedger)
@@ -348,15 +357,13 @@ func (q *requests) get(image string) (r request, known bool) {
 func (q *requests) next() int64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	_, late := q.clocks()
-	return max(late.UnixMicro(), q.newest+1)
+	return max(q.clock().UnixMicro(), q.newest+1)
 }
 
 func (q *requests) moment() moment {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	early, _ := q.clocks()
-	return moment{q.now(), early, q.newest}
+	return moment{q.now(), q.earlierClock(), q.newest}
 }
 
 // health is an error that comes and goes; nil means that all is well.

@@ -125,8 +125,7 @@ func (w *worker) handleMessage(text string) {
 		m.RequestedAt = w.requests.next()
 	}
 	if err == nil {
-		now := w.now()
-		err = w.remember(m.Image, request{at: m.RequestedAt, receivedAt: now, made: now})
+		err = w.remember(m.Image, request{at: m.RequestedAt, made: w.now(), announced: true})
 	}
 	if err != nil {
 		w.log.Warn("message ignored", "err", err)
@@ -142,13 +141,13 @@ func (w *worker) remember(image string, r request) error {
 	if added, err := w.requests.add(image, r); err != nil || !added {
 		return err
 	}
-	running, announced := w.cache.running(image), !r.receivedAt.IsZero()
+	running := w.cache.running(image)
 	level := slog.LevelInfo
-	if !announced && len(running) == 0 {
+	if !r.announced && len(running) == 0 {
 		level = slog.LevelDebug // the ledger may hold thousands that run elsewhere
 	}
 	log := w.log.With("image", image, "requested_at", formatTime(r.at))
-	log.Log(context.Background(), level, "requested", "announced", announced, "matched", len(running))
+	log.Log(context.Background(), level, "requested", "announced", r.announced, "matched", len(running))
 	for _, d := range running {
 		if d.image(image).pinned {
 			log.Info("not restarted", "reason", "pinned by digest", "namespace", d.namespace, "deployment", d.name)
@@ -264,17 +263,17 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
 	defer cancel()
 	versioned := w.backoff.NumRequeues(key) == 0
-	for {
+	for fetched := false; ; fetched = true {
 		next := w.decide(d)
 		if next.verdict != due {
 			w.settle(d, next, nil)
 			return
 		}
 		err := w.patch(ctx, d, next.request.at, versioned)
-		if versioned && outdated(err) {
+		if outdated(err) && (versioned || !fetched) {
 			var present *deployment
 			if present, err = w.cache.fetch(ctx, d); present != nil {
-				versioned = present.restartedAt != d.restartedAt
+				versioned = versioned && present.restartedAt != d.restartedAt
 				d = present
 				continue
 			}
@@ -387,11 +386,11 @@ func (b rules) decide(d *deployment, image usedImage, r request, m moment) decis
 	with := func(v verdict, reason string, wait time.Duration) decision {
 		return decision{v, reason, wait, image, r}
 	}
-	requested, age := time.UnixMicro(r.at), m.now.Sub(r.made)
+	age := m.now.Sub(r.made)
 	switch {
-	case m.proves(d.restartedAt, requested), m.proves(d.restarted.at, requested):
+	case m.proves(d.restartedAt, r), m.proves(d.restarted.at, r):
 		return with(satisfied, "", 0)
-	case image.cachedAt.After(r.receivedAt) && image.addedAt.After(requested):
+	case !(r.announced && image.cachedAt.Before(r.made)) && image.addedAt.After(r.latest()):
 		return with(satisfied, "", 0) // its pods came after the request
 	case age >= b.window:
 		return with(expired, "expired", 0)
@@ -406,18 +405,15 @@ func (b rules) decide(d *deployment, image usedImage, r request, m moment) decis
 	return with(due, "", 0)
 }
 
-// proves reports whether a restartedAt shows a restart at or after a request. One
-// from the future proves nothing. In the worker's own form it may be a T that
-// another worker knows already; any other form comes from somebody else's clock.
-func (m moment) proves(restartedAt string, requested time.Time) bool {
-	present := m.clock
-	at, err := time.Parse(restartedAtLayout, restartedAt)
-	if err == nil {
-		present = time.UnixMicro(max(m.clock.Add(restartedAtLead).UnixMicro(), m.newest))
-	} else if at, err = time.Parse(time.RFC3339, restartedAt); err != nil {
-		return false
+// proves reports whether a restartedAt shows a restart for a request or later. One
+// from the future proves nothing; in the worker's own form it may be a T that
+// another worker knows already. Any other form comes from somebody else's clock.
+func (m moment) proves(restartedAt string, r request) bool {
+	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
+		return own.UnixMicro() >= r.at && own.UnixMicro() <= max(m.clock.Add(restartedAtLead).UnixMicro(), m.newest)
 	}
-	return !at.Before(requested) && !at.After(present)
+	other, err := time.Parse(time.RFC3339, restartedAt)
+	return err == nil && !other.Before(r.latest()) && !other.After(m.clock)
 }
 
 // errNoEffect is a patch that the API server accepted without its effect.
@@ -444,7 +440,7 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned b
 		return err
 	}
 	patched := newDeployment(answer)
-	w.cache.put(patched, w.now(), true)
+	w.cache.put(patched, fromAnswer)
 	if patched.restartedAt != restartedAt {
 		return errNoEffect
 	}
@@ -456,5 +452,5 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned b
 // answers as a change of an immutable field.
 func outdated(err error) bool {
 	return apierrors.IsConflict(err) || apierrors.IsNotFound(err) ||
-		apierrors.IsInvalid(err) && apierrors.HasStatusCause(err, metav1.CauseTypeFieldValueInvalid) && strings.Contains(err.Error(), "metadata.uid")
+		apierrors.IsInvalid(err) && strings.Contains(err.Error(), "metadata.uid")
 }

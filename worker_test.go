@@ -226,17 +226,23 @@ func TestGitOpsIsNotFought(t *testing.T) {
 	t.Parallel()
 	kube := newKubernetes(t)
 	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube.Create("a/git", fake.Spec{Image: apiDev, RestartedAt: "2024-01-01T00:00:00Z"})
 	w := startWorker(t, kube)
-	w.awaitRestart("a/api", w.publish(apiDev))
+	at := w.publish(apiDev)
+	w.awaitRestart("a/api", at)
+	w.awaitRestart("a/git", at)
 	kube.Change("a/api", removeAnnotation)
+	kube.Change("a/git", setRestartedAt("2024-01-01T00:00:00Z"))
 	kube.BreakWatches()
 	eventually(t, "it is listed again", func() bool { return w.logs.count("deployments listed") == 2 })
-	kube.Change("a/api", setPaused(true))
-	kube.Change("a/api", setPaused(false))
+	for _, key := range []string{"a/api", "a/git"} {
+		kube.Change(key, setPaused(true))
+		kube.Change(key, setPaused(false))
+	}
 	w.caughtUpAgain()
 	w.settled()
-	if n := w.patches("a/api"); n != 1 {
-		t.Errorf("patched %d times instead of once", n)
+	if w.patches("a/api") != 1 || w.patches("a/git") != 1 {
+		t.Errorf("patched %d and %d times instead of once", w.patches("a/api"), w.patches("a/git"))
 	}
 }
 

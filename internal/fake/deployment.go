@@ -55,18 +55,30 @@ func (s Spec) object(key, uid string) *unstructured.Unstructured {
 	if s.RestartedAt != "" {
 		unstructured.SetNestedField(u.Object, s.RestartedAt, restartedAtPath...)
 	}
-	manage(u, "kubectl", "", s.Created)
+	manage(u, "kubectl", "", s.Created, true)
 	return u
 }
 
-// manage notes in managedFields who changed the object last, and when.
-func manage(u *unstructured.Unstructured, manager, subresource string, at time.Time) {
+// ownsPods is the fieldsV1 of a manager that has set the pod template's spec.
+const ownsPods = `{"f:spec":{"f:template":{"f:spec":{}}}}`
+
+// manage notes in managedFields who changed the object last, when, and whether that
+// manager has ever changed the pods.
+func manage(u *unstructured.Unstructured, manager, subresource string, at time.Time, pods bool) {
+	fields := "{}"
 	entries := slices.DeleteFunc(u.GetManagedFields(), func(e metav1.ManagedFieldsEntry) bool {
-		return e.Manager == manager && e.Subresource == subresource
+		same := e.Manager == manager && e.Subresource == subresource
+		if same {
+			fields = e.FieldsV1.GetRawString()
+		}
+		return same
 	})
+	if pods {
+		fields = ownsPods
+	}
 	u.SetManagedFields(append(entries, metav1.ManagedFieldsEntry{
 		Manager: manager, Operation: metav1.ManagedFieldsOperationUpdate, APIVersion: "apps/v1", Subresource: subresource,
-		Time: &metav1.Time{Time: at}, FieldsType: "FieldsV1", FieldsV1: metav1.NewFieldsV1("{}")}))
+		Time: &metav1.Time{Time: at}, FieldsType: "FieldsV1", FieldsV1: metav1.NewFieldsV1(fields)}))
 }
 
 // Create makes a Deployment. One that exists is made anew, with another uid.

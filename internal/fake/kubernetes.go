@@ -383,7 +383,11 @@ func (k *KubernetesAPI) update(key string, object map[string]any, manager, subre
 	if subresource == "" && !reflect.DeepEqual(k.objects[key]["spec"], object["spec"]) {
 		u.SetGeneration(u.GetGeneration() + 1)
 	}
-	manage(u, manager, subresource, at)
+	podsOf := func(object map[string]any) any {
+		pods, _, _ := unstructured.NestedFieldNoCopy(object, "spec", "template", "spec")
+		return pods
+	}
+	manage(u, manager, subresource, at, !reflect.DeepEqual(podsOf(k.objects[key]), podsOf(object)))
 	k.store(key, u, "MODIFIED")
 }
 
