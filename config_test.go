@@ -116,19 +116,16 @@ func TestMissingConfigurationIsNamedAtOnce(t *testing.T) {
 	}
 }
 
-// A pod has a ServiceAccount, and can do without KUBECONFIG.
+// A pod can do without KUBECONFIG, but not without a ServiceAccount as well.
 func TestInCluster(t *testing.T) {
-	pod := map[string]string{"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-	defer func(file string) { serviceAccountToken = file }(serviceAccountToken)
-	for file, want := range map[string]bool{"none": false, "go.mod": true} {
-		if serviceAccountToken = file; inCluster(env(pod)) != want || inCluster(env(nil)) {
-			t.Errorf("with the token file %s: %t", file, !want)
-		}
-	}
-	serviceAccountToken = "go.mod"
-	err := run(t.Context(), []string{"worker"}, env(pod), t.Output(), t.Output())
+	pod := env(map[string]string{"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
+	err := run(t.Context(), []string{"worker"}, pod, t.Output(), t.Output())
 	if err == nil || !strings.Contains(err.Error(), "VALKEY_ADDR") || strings.Contains(err.Error(), "KUBECONFIG") {
 		t.Errorf("in a pod: %v", err)
+	}
+	err = run(t.Context(), []string{"worker", "--valkey-addr=localhost:1", "--allowed-image-prefix=ghcr.io/acme"}, pod, t.Output(), t.Output())
+	if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), "KUBECONFIG (--kubeconfig)") {
+		t.Errorf("in a pod without a ServiceAccount: %v", err)
 	}
 }
 

@@ -1,23 +1,11 @@
 // kuberollouttrigger restarts the Kubernetes Deployments that run a container
 // image as soon as a GitHub Actions job has pushed that image.
 //
-//	kuberollouttrigger web      accepts POST /event from GitHub Actions
-//	kuberollouttrigger worker   restarts Deployments
-//	kuberollouttrigger explain  says which rule lets a job restart an image, or
-//	                            why none does
-//	kuberollouttrigger version  prints the version
-//	kuberollouttrigger help     lists these; <subcommand> -h prints the options
-//
-// web serves the public API on WEB_LISTEN_ADDR (:8080):
-//
-//	POST /event    a job's OIDC token and {"image":"ghcr.io/acme/api:dev"}; 202
-//	               when the request is in the ledger in Valkey and published
-//	GET  /healthz
-//
-// Both serve probes on OPS_LISTEN_ADDR (:8081), which must stay internal:
-//
-//	GET /healthz   the process is alive
-//	GET /readyz    the process can work; a 503 says why not
+// web serves POST /event and GET /healthz on WEB_LISTEN_ADDR (:8080): a job's OIDC
+// token and {"image":"ghcr.io/acme/api:dev"}; 202 when the request is in the
+// ledger in Valkey and published. web and worker serve probes on OPS_LISTEN_ADDR
+// (:8081), which must stay internal: GET /healthz says that the process is alive,
+// GET /readyz that it can work, or with a 503 why not.
 //
 // Configuration comes from the environment; a flag of the same name overrides a
 // variable. Logs are JSON lines on standard error. The exit status is 0 after
@@ -26,12 +14,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"os/signal"
@@ -42,6 +32,7 @@ import (
 	"syscall"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -51,7 +42,6 @@ import (
 // version is set by the linker.
 var version = ""
 
-// command is a subcommand.
 type command struct {
 	name, summary string
 	run           func(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error
@@ -64,29 +54,18 @@ var commands = []command{
 	{"version", "print the version", runVersion},
 }
 
-// http2TimeoutSeconds is how long a connection to the API server may be idle
-// before it is pinged, and how long the answer may take.
-const http2TimeoutSeconds = 5
-
-const usage = `kuberollouttrigger restarts the Deployments that run a container image
-as soon as a GitHub Actions job has pushed it.
-
-usage: kuberollouttrigger <subcommand> [flags]
-
-`
-
 func main() {
-	// client-go reads these limits from the environment alone. With its own, a
-	// dead connection would hold the watch and patches for 45 s.
+	// A connection to the API server may be idle for 5 s before it is pinged, and
+	// the answer may take 5 s. By default, a dead one would hold the watch and the
+	// patches for 45 s. client-go reads the limits from the environment alone.
 	for _, name := range []string{"HTTP2_READ_IDLE_TIMEOUT_SECONDS", "HTTP2_PING_TIMEOUT_SECONDS"} {
 		if os.Getenv(name) == "" {
-			os.Setenv(name, strconv.Itoa(http2TimeoutSeconds))
+			os.Setenv(name, "5")
 		}
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
-	os.Exit(exitStatus(err, os.Stderr))
+	os.Exit(exitStatus(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr), os.Stderr))
 }
 
 // exitStatus reports the error of run.
@@ -131,7 +110,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 }
 
 func printHelp(w io.Writer) {
-	fmt.Fprint(w, usage)
+	fmt.Fprint(w, "kuberollouttrigger restarts the Deployments that run a container image\n",
+		"as soon as a GitHub Actions job has pushed it.\n\nusage: kuberollouttrigger <subcommand> [flags]\n\n")
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)
 	}
@@ -148,63 +128,52 @@ func runVersion(_ context.Context, args []string, _ func(string) string, stdout,
 
 // versionString falls back to what the Go tool stamped.
 func versionString() string {
-	if version != "" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+	if info, ok := debug.ReadBuildInfo(); ok && version == "" {
 		return info.Main.Version
 	}
-	return "unknown"
-}
-
-// configure reads the options of a subcommand. It answers -h, and then returns
-// flag.ErrHelp.
-func configure(subcommand string, cfg configuration, args []string, getenv func(string) string, stdout io.Writer) error {
-	err := parseConfig(subcommand, cfg, args, getenv)
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintf(stdout, "usage: kuberollouttrigger %s [flags]\n\nA flag overrides the variable of the same name.\n\n", subcommand)
-		printOptions(stdout, cfg.options())
-	}
-	return err
+	return version
 }
 
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
 }
 
-// startLog makes the log of a process, which client-go writes to as well.
-func startLog(w io.Writer, level slog.Level, mode string) *slog.Logger {
-	log := newLogger(w, level)
+// start reads the configuration of web or worker, and makes its log, which
+// client-go writes to as well. flag.ErrHelp means that it has answered -h.
+func start(mode string, cfg configuration, common *commonConfig, args []string, getenv func(string) string, stdout, stderr io.Writer) (*slog.Logger, error) {
+	err := parseConfig(mode, cfg, args, getenv)
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintf(stdout, "usage: kuberollouttrigger %s [flags]\n\nA flag overrides the variable of the same name.\n\n", mode)
+		printOptions(stdout, cfg.options())
+	}
+	if err != nil {
+		return nil, err
+	}
+	log := newLogger(stderr, common.LogLevel)
 	klog.SetSlogLogger(log)
 	log.Info("starting", "mode", mode, "version", versionString())
-	return log
+	return log, nil
 }
 
 // sanitize makes text from outside fit for a line of a log or an error:
 // printable ASCII as it is, anything else escaped, and at most 200 bytes of it.
 func sanitize(s string) string {
 	const limit = 200
-	text, rest := s, ""
+	quoted := strconv.QuoteToASCII(s[:min(len(s), limit)])
+	text := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(quoted[1 : len(quoted)-1])
 	if len(s) > limit {
-		text, rest = s[:limit], "..."
+		text += "..."
 	}
-	var b strings.Builder
-	for _, r := range text {
-		if ' ' <= r && r <= '~' {
-			b.WriteRune(r)
-		} else {
-			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
-		}
-	}
-	return b.String() + rest
+	return text
 }
 
 func runWeb(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	cfg := &webConfig{}
-	if err := configure("web", cfg, args, getenv, stdout); err != nil {
+	log, err := start("web", cfg, &cfg.commonConfig, args, getenv, stdout, stderr)
+	if err != nil {
 		return err
 	}
-	return serveWeb(ctx, cfg, http.DefaultClient, startLog(stderr, cfg.LogLevel, "web"))
+	return serveWeb(ctx, cfg, http.DefaultClient, log)
 }
 
 // serveWeb runs web; issuer is the client that fetches the issuer's keys.
@@ -222,32 +191,19 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	}
 	defer publisher.close()
 
-	s := &service{task: func(ctx context.Context) error {
-		verifier.run(ctx)
-		return nil
-	}}
-	ready := func(ctx context.Context) error {
-		if err := verifier.ready(); err != nil {
-			return err
-		}
-		return publisher.ready(ctx)
-	}
-	if s.ops, err = listen("ops", cfg.OpsListenAddr, s.probes(ready), log); err != nil {
-		return err
-	}
-	api := &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish}
-	if s.public, err = listen("web", cfg.ListenAddr, api, log); err != nil {
-		return err
-	}
+	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr}
+	s.ready = func(ctx context.Context) error { return cmp.Or(verifier.ready(), publisher.ready(ctx)) }
+	s.task = func(ctx context.Context) error { verifier.run(ctx); return nil }
+	s.api = &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish}
 	return s.run(ctx)
 }
 
 func runWorker(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	cfg := &workerConfig{InCluster: inCluster(getenv)}
-	if err := configure("worker", cfg, args, getenv, stdout); err != nil {
+	cfg := &workerConfig{InCluster: getenv("KUBERNETES_SERVICE_HOST") != ""}
+	log, err := start("worker", cfg, &cfg.commonConfig, args, getenv, stdout, stderr)
+	if err != nil {
 		return err
 	}
-	log := startLog(stderr, cfg.LogLevel, "worker")
 	client, err := newKubernetesClient(*cfg)
 	if err != nil {
 		return err
@@ -263,98 +219,57 @@ func serveWorker(ctx context.Context, cfg *workerConfig, client dynamic.Interfac
 	}
 	defer source.close()
 	worker := newWorker(*cfg, client, source, log, time.Now)
-
-	s := &service{task: worker.run}
-	s.ops, err = listen("ops", cfg.OpsListenAddr, s.probes(func(context.Context) error { return worker.ready() }), log)
-	if err != nil {
-		return err
-	}
+	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, task: worker.run}
+	s.ready = func(context.Context) error { return worker.ready() }
 	return s.run(ctx)
 }
 
-// serviceAccountToken is where a pod finds its ServiceAccount's token. Tests
-// change it.
-var serviceAccountToken = "/var/run/secrets/kubernetes.io/serviceaccount/token"
-
-// inCluster says whether this is a pod with a ServiceAccount.
-func inCluster(getenv func(string) string) bool {
-	_, err := os.Stat(serviceAccountToken)
-	return err == nil && getenv("KUBERNETES_SERVICE_HOST") != ""
-}
-
-// newKubernetesClient uses KUBECONFIG, which may list several files, or the
-// pod's ServiceAccount.
+// newKubernetesClient makes the client of the cluster.
 func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
-	rc, err := readKubeconfig(cfg.Kubeconfig)
+	rc, err := kubernetesConfig(cfg.Kubeconfig)
 	if err != nil {
-		return nil, err
+		return nil, usageError{fmt.Errorf("KUBECONFIG (--kubeconfig): %q: %w", cfg.Kubeconfig, err)}
 	}
 	// client-go would send 5 requests a second. WORKER_CONCURRENCY bounds what
 	// is in flight, and the API server's own flow control does the rest.
 	rc.QPS = -1
-	rc.Wrap(surfaceRetryAfter)
+	rc.Wrap(func(next http.RoundTripper) http.RoundTripper { return surfaceRetryAfter{next} })
 	rc.UserAgent = "kuberollouttrigger/" + strings.ReplaceAll(versionString(), " ", "_")
-	client, err := dynamic.NewForConfig(rc)
-	if err != nil {
-		return nil, fmt.Errorf("making the Kubernetes client: %w", err)
-	}
-	return client, nil
+	return dynamic.NewForConfig(rc)
 }
 
-// readKubeconfig reads the files of KUBECONFIG. The usual loader of clientcmd
-// falls back to the cluster of this pod if it finds none of them, and the worker
-// would restart Deployments in the wrong cluster.
-func readKubeconfig(files string) (*rest.Config, error) {
+// kubernetesConfig reads the files of KUBECONFIG, or else the pod's
+// ServiceAccount. The usual loader of clientcmd falls back to the latter if it
+// finds no file, and the worker would restart Deployments in the wrong cluster.
+func kubernetesConfig(files string) (*rest.Config, error) {
 	if files == "" {
-		rc, err := rest.InClusterConfig()
-		if err != nil {
-			return nil, fmt.Errorf("reading the pod's Kubernetes configuration: %w", err)
-		}
-		return rc, nil
+		return rest.InClusterConfig()
 	}
 	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(files)}
 	merged, err := rules.Load()
-	if err == nil && len(merged.Clusters) == 0 {
-		err = errors.New("expected a kubeconfig with a cluster")
-	}
-	var rc *rest.Config
-	if err == nil {
-		rc, err = clientcmd.NewNonInteractiveClientConfig(*merged, "", nil, rules).ClientConfig()
-	}
 	if err != nil {
-		return nil, usageError{fmt.Errorf("KUBECONFIG (--kubeconfig): %q: %w", files, err)}
+		return nil, err
 	}
-	return rc, nil
+	if len(merged.Clusters) == 0 {
+		return nil, errors.New("expected a kubeconfig with a cluster")
+	}
+	return clientcmd.NewNonInteractiveClientConfig(*merged, "", nil, rules).ClientConfig()
 }
 
-// retryAfterError is an answer to a patch that says when to try again.
-type retryAfterError struct {
-	status string
-	delay  time.Duration
+// surfaceRetryAfter makes an error of a refused patch that says when to try
+// again. client-go would wait and send the patch by itself, and occupy one of the
+// slots of WORKER_CONCURRENCY meanwhile.
+type surfaceRetryAfter struct{ next http.RoundTripper }
+
+func (t surfaceRetryAfter) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := t.next.RoundTrip(r)
+	if err != nil || r.Method != http.MethodPatch || resp.StatusCode < http.StatusBadRequest {
+		return resp, err
+	}
+	seconds, err := strconv.ParseUint(resp.Header.Get("Retry-After"), 10, 31)
+	if err != nil {
+		return resp, nil
+	}
+	resp.Body.Close()
+	return nil, apierrors.NewTooManyRequests(fmt.Sprintf("%s (Retry-After: %ds)", resp.Status, seconds), int(seconds))
 }
-
-func (e *retryAfterError) Error() string {
-	return fmt.Sprintf("%s (Retry-After: %s)", e.status, e.delay)
-}
-
-// surfaceRetryAfter makes such an error of an answer with a Retry-After. client-go
-// would wait and send the patch again by itself while it occupies one of the slots
-// of WORKER_CONCURRENCY.
-func surfaceRetryAfter(next http.RoundTripper) http.RoundTripper {
-	return roundTripper(func(r *http.Request) (*http.Response, error) {
-		resp, err := next.RoundTrip(r)
-		if err != nil || r.Method != http.MethodPatch || resp.StatusCode < http.StatusBadRequest {
-			return resp, err
-		}
-		seconds, err := strconv.Atoi(resp.Header.Get("Retry-After"))
-		if err != nil || seconds < 0 {
-			return resp, nil
-		}
-		resp.Body.Close()
-		return nil, &retryAfterError{resp.Status, time.Duration(seconds) * time.Second}
-	})
-}
-
-type roundTripper func(*http.Request) (*http.Response, error)
-
-func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

@@ -33,27 +33,6 @@ const (
 	maxConnections = 1024
 )
 
-// listener is a server and where it listens.
-type listener struct {
-	name   string
-	server *http.Server
-	ln     net.Listener
-}
-
-// listen takes the port at once, so that a port in use is an error at start.
-func listen(name, addr string, h http.Handler, log *slog.Logger) (*listener, error) {
-	ln, err := net.Listen("tcp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("listening for %s: %w", name, err)
-	}
-	log.Info("listening", "server", name, "addr", ln.Addr().String())
-	return newListener(name, ln, h, log), nil
-}
-
-func newListener(name string, ln net.Listener, h http.Handler, log *slog.Logger) *listener {
-	return &listener{name, newServer(h, log), netutil.LimitListener(ln, maxConnections)}
-}
-
 // newServer sets the limits that an open port needs. The write timeout covers a
 // handler's whole work.
 func newServer(h http.Handler, log *slog.Logger) *http.Server {
@@ -70,91 +49,92 @@ func newServer(h http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
-// serve serves until drain; its error is a server that broke.
-func (l *listener) serve() error {
-	if err := l.server.Serve(l.ln); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving %s: %w", l.name, err)
+// service is a running web or worker.
+type service struct {
+	log     *slog.Logger
+	listen  func(network, addr string) (net.Listener, error)
+	opsAddr string                      // host:port of the probes
+	ready   func(context.Context) error // says why the process cannot work
+	task    func(context.Context) error // runs until its context is done
+	apiAddr string                      // host:port of api
+	api     http.Handler                // nil in worker
+
+	stopping atomic.Bool
+}
+
+// run serves until ctx is done or a part fails. It then fails readiness, drains
+// the API, stops the task, and closes the probes last.
+func (s *service) run(ctx context.Context) error {
+	ops, api := newServer(s.probes(), s.log), newServer(s.api, s.log)
+	failed := make(chan error, 3) // one from each part
+	if err := s.start("ops", s.opsAddr, ops, failed); err != nil {
+		return err
 	}
+	defer ops.Close()
+	if s.api != nil {
+		// One request per connection, so that idle clients cannot exhaust the
+		// limit, and no proxy reuses a connection that is about to be closed.
+		api.SetKeepAlivesEnabled(false)
+		if err := s.start("web", s.apiAddr, api, failed); err != nil {
+			return err
+		}
+	}
+	taskCtx, stopTask := context.WithCancel(context.WithoutCancel(ctx))
+	var task sync.WaitGroup
+	task.Go(func() { failed <- s.task(taskCtx) })
+
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+	}
+	s.stopping.Store(true)
+	if s.api != nil {
+		time.Sleep(lameDuck)
+		err = errors.Join(err, drain("web", api))
+	}
+	stopTask()
+	task.Wait()
+	return errors.Join(err, drain("ops", ops))
+}
+
+// start takes the port at once, so that a port in use is an error at start.
+func (s *service) start(name, addr string, server *http.Server, failed chan<- error) error {
+	ln, err := s.listen("tcp", addr)
+	if err != nil {
+		return fmt.Errorf("listening for %s: %w", name, err)
+	}
+	s.log.Info("listening", "server", name, "addr", ln.Addr().String())
+	ln = netutil.LimitListener(ln, maxConnections)
+	go func() { failed <- fmt.Errorf("serving %s: %w", name, server.Serve(ln)) }()
 	return nil
 }
 
 // drain stops accepting and waits for the requests in flight.
-func (l *listener) drain() error {
+func drain(name string, server *http.Server) error {
 	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
-	if err := l.server.Shutdown(ctx); err != nil {
-		l.server.Close()
-		return fmt.Errorf("draining %s: %w", l.name, err)
+	if err := server.Shutdown(ctx); err != nil {
+		server.Close()
+		return fmt.Errorf("draining %s: %w", name, err)
 	}
 	return nil
 }
 
-// service is a running web or worker.
-type service struct {
-	task        func(context.Context) error // runs until its context is done
-	ops, public *listener                   // worker has no public one
-	stopping    atomic.Bool
-}
-
-// probes serves /healthz and /readyz. ready says why the process cannot work.
-func (s *service) probes(ready func(context.Context) error) http.Handler {
+func (s *service) probes() http.Handler {
+	ok := func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") }
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		io.WriteString(w, "ok\n")
-	})
+	mux.HandleFunc("GET /healthz", ok)
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
 		defer cancel()
-		err := errors.New("stopping")
-		if !s.stopping.Load() {
-			err = ready(ctx)
-		}
-		if err != nil {
+		if s.stopping.Load() {
+			http.Error(w, "stopping", http.StatusServiceUnavailable)
+		} else if err := s.ready(ctx); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
+		} else {
+			ok(w, r)
 		}
-		io.WriteString(w, "ok\n")
 	})
 	return mux
-}
-
-// run serves until ctx is done or a part fails. It then fails readiness, drains
-// the public port, stops the task, and closes the probes last.
-func (s *service) run(ctx context.Context) error {
-	ctx, fail := context.WithCancelCause(ctx)
-	defer fail(nil)
-	taskCtx, stopTask := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopTask()
-	var working, serving sync.WaitGroup
-	start := func(wg *sync.WaitGroup, part func() error) {
-		wg.Go(func() {
-			if err := part(); err != nil {
-				fail(err)
-			}
-		})
-	}
-	start(&working, func() error { return s.task(taskCtx) })
-	start(&serving, s.ops.serve)
-	if s.public != nil {
-		// One request per connection, so that idle clients cannot exhaust the
-		// limit, and no proxy reuses a connection that is about to be closed.
-		s.public.server.SetKeepAlivesEnabled(false)
-		start(&serving, s.public.serve)
-	}
-
-	<-ctx.Done()
-	s.stopping.Store(true)
-	err := context.Cause(ctx)
-	if errors.Is(err, context.Canceled) {
-		err = nil
-	}
-	if s.public != nil {
-		time.Sleep(lameDuck)
-		err = errors.Join(err, s.public.drain())
-	}
-	stopTask()
-	working.Wait()
-	err = errors.Join(err, s.ops.drain())
-	serving.Wait()
-	return err
 }

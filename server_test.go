@@ -82,7 +82,6 @@ func (l *pipeListener) get(path string) (status int, body string) {
 
 // testService is a running service in a synctest bubble.
 type testService struct {
-	service
 	public, ops *pipeListener
 	taskDone    atomic.Bool
 	cancel      context.CancelFunc
@@ -92,17 +91,17 @@ type testService struct {
 // startService serves h on the public port. The task waits for its context.
 func startService(t *testing.T, h http.Handler, ready func(context.Context) error) *testService {
 	s := &testService{public: newPipeListener(), ops: newPipeListener(), served: make(chan error, 1)}
-	s.task = func(ctx context.Context) error {
+	task := func(ctx context.Context) error {
 		<-ctx.Done()
 		s.taskDone.Store(true)
 		return nil
 	}
-	log := slog.New(slog.DiscardHandler)
-	s.service.public = newListener("web", s.public, h, log)
-	s.service.ops = newListener("ops", s.ops, s.probes(ready), log)
+	listeners := map[string]*pipeListener{"ops": s.ops, "web": s.public}
+	listen := func(_, addr string) (net.Listener, error) { return listeners[addr], nil }
+	running := &service{log: slog.New(slog.DiscardHandler), listen: listen, opsAddr: "ops", ready: ready, task: task, apiAddr: "web", api: h}
 	ctx, cancel := context.WithCancel(t.Context())
 	s.cancel = cancel
-	go func() { s.served <- s.run(ctx) }()
+	go func() { s.served <- running.run(ctx) }()
 	synctest.Wait()
 	return s
 }
@@ -160,7 +159,14 @@ func TestDrain(t *testing.T) {
 func TestDrainIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := startService(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }), alwaysReady)
-		go s.public.get("/")
+		conn, err := s.public.dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close() // ends the request if nothing else does
+		if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: test\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
 		synctest.Wait()
 		s.cancel()
 		time.Sleep(lameDuck + drainTimeout)
@@ -172,7 +178,6 @@ func TestDrainIsBounded(t *testing.T) {
 			}
 		default:
 			t.Error("it still waits")
-			s.service.public.server.Close()
 		}
 	})
 }
@@ -216,8 +221,8 @@ func TestDrainUnderLoad(t *testing.T) {
 func TestServiceFails(t *testing.T) {
 	broken := errors.New("broken")
 	synctest.Test(t, func(t *testing.T) {
-		s := &service{task: func(context.Context) error { return broken }}
-		s.ops = newListener("ops", newPipeListener(), s.probes(alwaysReady), slog.New(slog.DiscardHandler))
+		listen := func(string, string) (net.Listener, error) { return newPipeListener(), nil }
+		s := &service{log: slog.New(slog.DiscardHandler), listen: listen, ready: alwaysReady, task: func(context.Context) error { return broken }}
 		if err := s.run(t.Context()); !errors.Is(err, broken) {
 			t.Errorf("a broken task: %v", err)
 		}
@@ -234,7 +239,8 @@ func TestServiceFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	if _, err := listen("ops", taken.Addr().String(), nil, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "listening for ops") {
+	s := &service{log: slog.New(slog.DiscardHandler), listen: net.Listen, opsAddr: taken.Addr().String()}
+	if err := s.run(t.Context()); err == nil || !strings.Contains(err.Error(), "listening for ops") {
 		t.Errorf("a port in use: %v", err)
 	}
 }

@@ -324,8 +324,8 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 		log.Info("restarted")
 	default:
 		delay := w.backoff.When(key)
-		if later := (*retryAfterError)(nil); errors.As(err, &later) {
-			delay = max(delay, min(later.delay, maxRetryAfter))
+		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
+			delay = max(delay, min(time.Duration(seconds)*time.Second, maxRetryAfter))
 		}
 		log.Warn("restart failed, trying again", "err", err, "tries", w.backoff.NumRequeues(key), "retry_in", delay.String())
 		w.mu.Lock()
