@@ -15,8 +15,7 @@ import (
 	"time"
 )
 
-// retryAfter is the Retry-After of a 503, in seconds. Valkey and GitHub are
-// usually back by then.
+// retryAfter is in seconds. Valkey and GitHub are usually back by then.
 const retryAfter = "2"
 
 // web is the public HTTP API.
@@ -40,41 +39,31 @@ type accepted struct {
 // log. Foreign text in either is sanitized.
 type denial struct {
 	status int
-	answer string // empty: no detail
+	answer string // empty: nothing but the status
 	reason error
 }
 
 func (d *denial) Error() string { return d.reason.Error() }
 
-// deny tells the caller nothing but the status.
-func deny(status int, reason error) error { return &denial{status, "", reason} }
-
-// denyWithReason tells the caller the reason as well. Only an authenticated one
-// may learn it.
-func denyWithReason(status int, reason error) error { return &denial{status, reason.Error(), reason} }
+// tell tells the caller the reason, which only an authenticated one may learn.
+func tell(status int, reason error) error { return &denial{status, reason.Error(), reason} }
 
 // ServeHTTP answers POST /event and GET /healthz, and nothing else.
 func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
-	switch r.URL.Path {
-	case "/event":
-		if r.Method != http.MethodPost {
-			h.Set("Allow", http.MethodPost)
-			w.WriteHeader(http.StatusMethodNotAllowed)
-			return
-		}
-		s.serveEvent(w, r)
-	case "/healthz":
-		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			h.Set("Allow", http.MethodGet)
-			w.WriteHeader(http.StatusMethodNotAllowed)
-			return
-		}
-		io.WriteString(w, "ok\n")
-	default:
+	method := map[string]string{"/event": http.MethodPost, "/healthz": http.MethodGet}[r.URL.Path]
+	switch {
+	case method == "":
 		w.WriteHeader(http.StatusNotFound)
+	case r.Method != method && (method != http.MethodGet || r.Method != http.MethodHead):
+		h.Set("Allow", method)
+		w.WriteHeader(http.StatusMethodNotAllowed)
+	case method == http.MethodPost:
+		s.serveEvent(w, r)
+	default:
+		io.WriteString(w, "ok\n")
 	}
 }
 
@@ -93,15 +82,12 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 	}
 	log = log.With("duration", time.Since(start).String())
 	if err == nil {
-		log.Info("accepted", "status", http.StatusAccepted, "images", a.Images, "requested_at", a.RequestedAt,
-			"subscribers", a.Subscribers)
+		log.Info("accepted", "status", http.StatusAccepted, "images", a.Images, "requested_at", a.RequestedAt, "subscribers", a.Subscribers)
 		writeJSON(w, http.StatusAccepted, a)
 		return
 	}
-	d := new(denial)
-	if !errors.As(err, &d) {
-		d = &denial{status: http.StatusInternalServerError, reason: err}
-	}
+	d := &denial{status: http.StatusInternalServerError, reason: err}
+	errors.As(err, &d)
 	level := slog.LevelInfo
 	if d.status >= http.StatusInternalServerError {
 		level = slog.LevelError
@@ -110,7 +96,6 @@ func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
 	d.write(w)
 }
 
-// write sends the answer.
 func (d *denial) write(w http.ResponseWriter) {
 	switch d.status {
 	case http.StatusUnauthorized:
@@ -140,18 +125,17 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 		}
 	}()
 	token, err := bearerToken(r)
-	if err != nil {
-		return nil, nil, deny(http.StatusUnauthorized, err)
+	if err == nil {
+		c, err = s.verifier.verify(token)
 	}
-	c, err = s.verifier.verify(token)
 	if errors.Is(err, errNoKeys) {
-		return nil, nil, deny(http.StatusServiceUnavailable, err)
+		return nil, nil, &denial{status: http.StatusServiceUnavailable, reason: err}
 	}
 	if err != nil {
-		return nil, nil, deny(http.StatusUnauthorized, err)
+		return nil, nil, &denial{status: http.StatusUnauthorized, reason: err}
 	}
 	if err := s.policy.checkClaims(c); err != nil {
-		return c, nil, deny(http.StatusForbidden, err)
+		return c, nil, &denial{status: http.StatusForbidden, reason: err}
 	}
 	images, err := readImages(w, r)
 	if err != nil {
@@ -160,11 +144,11 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 	for _, image := range images {
 		if !s.prefixes.allows(image) {
 			err := fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image)
-			return c, nil, denyWithReason(http.StatusForbidden, err)
+			return c, nil, tell(http.StatusForbidden, err)
 		}
 	}
 	if err := s.policy.checkImages(c, images); err != nil {
-		return c, nil, denyWithReason(http.StatusForbidden, err)
+		return c, nil, tell(http.StatusForbidden, err)
 	}
 	requestedAt, subscribers, err := s.publish(r.Context(), images)
 	if err != nil {
@@ -189,24 +173,20 @@ func bearerToken(r *http.Request) (string, error) {
 
 // readImages reads the body. Its error tells the job what to fix.
 func readImages(w http.ResponseWriter, r *http.Request) ([]string, error) {
-	types := r.Header.Values("Content-Type")
-	if len(types) != 1 {
-		return nil, denyWithReason(http.StatusUnsupportedMediaType, errors.New("expected one header Content-Type: application/json"))
-	}
-	media, params, err := mime.ParseMediaType(types[0])
+	media, params, err := mime.ParseMediaType(strings.Join(r.Header.Values("Content-Type"), ", ")) // an error for two
 	if charset := params["charset"]; err != nil || media != "application/json" || charset != "" && !strings.EqualFold(charset, "utf-8") {
-		return nil, denyWithReason(http.StatusUnsupportedMediaType, errors.New("expected Content-Type: application/json"))
+		return nil, tell(http.StatusUnsupportedMediaType, errors.New("expected one header Content-Type: application/json"))
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRequestBytes))
 	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		return nil, denyWithReason(http.StatusRequestEntityTooLarge, fmt.Errorf("the body is larger than %d bytes; send fewer tags", tooLarge.Limit))
+		return nil, tell(http.StatusRequestEntityTooLarge, fmt.Errorf("the body is larger than %d bytes; send fewer tags", tooLarge.Limit))
 	}
 	if err != nil { // a slow or broken client
-		return nil, denyWithReason(http.StatusBadRequest, errors.New("the body could not be read"))
+		return nil, tell(http.StatusBadRequest, errors.New("the body could not be read"))
 	}
 	images, err := parseRequest(body)
 	if err != nil {
-		return nil, denyWithReason(http.StatusBadRequest, err)
+		return nil, tell(http.StatusBadRequest, err)
 	}
 	return images, nil
 }
