@@ -37,7 +37,6 @@ type valkeyConfig struct {
 	Channel            string         // PubSub channel, and prefix of the keys
 }
 
-// webConfig is the configuration of web.
 type webConfig struct {
 	commonConfig
 	policyConfig
@@ -57,7 +56,6 @@ type policyConfig struct {
 // explainConfig is the configuration of explain, which can do without an audience.
 type explainConfig struct{ policyConfig }
 
-// workerConfig is the configuration of worker.
 type workerConfig struct {
 	commonConfig
 	ImagePrefixes   imagePrefixes // the only images that may be restarted
@@ -77,7 +75,7 @@ type workerConfig struct {
 type option struct {
 	env, def, usage string
 	unset           string // shown in help when there is no default
-	expected        string // shown in errors; empty: the error of set is
+	expected        string // shown in errors if set gives no reason; empty: usage is
 	required        bool
 	secret          bool // the value is never printed, errors included
 	multiline       bool // errors name the line instead of the value
@@ -85,29 +83,22 @@ type option struct {
 	set             func(value string) error
 }
 
-// flagName is the variable's name in lower case with dashes.
-func (o option) flagName() string {
-	return strings.ReplaceAll(strings.ToLower(o.env), "_", "-")
-}
+func (o option) flagName() string { return strings.ReplaceAll(strings.ToLower(o.env), "_", "-") }
+func (o option) String() string   { return o.env + " (--" + o.flagName() + ")" }
 
-func (o option) String() string { return o.env + " (--" + o.flagName() + ")" }
-
+// Options are set in the order of their table, so that one can depend on another.
 func (c *commonConfig) options() []option {
 	return []option{
-		{env: "LOG_LEVEL", def: "info", usage: "debug, info, warn or error",
-			expected: "debug, info, warn or error", set: into(&c.LogLevel, parseLogLevel)},
-		{env: "OPS_LISTEN_ADDR", def: ":8081", usage: "host:port of /healthz and /readyz",
-			expected: "host:port, such as :8081", set: into(&c.OpsListenAddr, checked(isListenAddr))},
-		{env: "VALKEY_ADDR", required: true, usage: "host:port of Valkey",
-			expected: "host:port, such as valkey:6379", set: into(&c.Valkey.Addr, checked(isDialAddr))},
-		{env: "VALKEY_USERNAME", usage: "user name for Valkey's AUTH", set: into(&c.Valkey.Username, anyText)},
-		{env: "VALKEY_PASSWORD", secret: true, usage: "password for Valkey's AUTH", set: into(&c.Valkey.Password, anyText)},
+		{env: "LOG_LEVEL", def: "info", usage: "debug, info, warn or error", set: into(&c.LogLevel, parseLogLevel)},
+		{env: "OPS_LISTEN_ADDR", def: ":8081", usage: "host:port of /healthz and /readyz", set: text(&c.OpsListenAddr, isListenAddr)},
+		{env: "VALKEY_ADDR", required: true, usage: "host:port of Valkey", set: text(&c.Valkey.Addr, isDialAddr)},
+		{env: "VALKEY_USERNAME", usage: "user name for Valkey's AUTH", set: text(&c.Valkey.Username)},
+		{env: "VALKEY_PASSWORD", secret: true, usage: "password for Valkey's AUTH", set: text(&c.Valkey.Password)},
 		{env: "VALKEY_TLS_ENABLED", def: "false", boolean: true, usage: "speak TLS to Valkey",
 			expected: "true or false", set: into(&c.Valkey.TLS, strconv.ParseBool)},
-		{env: "VALKEY_TLS_CA_FILE", unset: "system roots", usage: "PEM file with the CA of Valkey's certificate",
-			set: into(&c.Valkey.TLSRoots, readCertificates)},
+		{env: "VALKEY_TLS_CA_FILE", unset: "system roots", usage: "PEM file with the CA of Valkey's certificate", set: into(&c.Valkey.TLSRoots, c.readRoots)},
 		{env: "VALKEY_CHANNEL", def: "kuberollouttrigger", usage: "PubSub channel; keys begin with it and a colon",
-			expected: "1 to 128 letters, digits, dots, dashes, underscores or colons", set: into(&c.Valkey.Channel, checked(channelRE.MatchString))},
+			expected: "1 to 128 letters, digits, dots, dashes, underscores or colons", set: text(&c.Valkey.Channel, channelRE.MatchString)},
 	}
 }
 
@@ -117,8 +108,7 @@ func prefixOption(p *imagePrefixes) option {
 }
 
 func (c *webConfig) options() []option {
-	public := option{env: "WEB_LISTEN_ADDR", def: ":8080", usage: "host:port of the public API",
-		expected: "host:port, such as :8080", set: into(&c.ListenAddr, checked(isListenAddr))}
+	public := option{env: "WEB_LISTEN_ADDR", def: ":8080", usage: "host:port of the public API", set: text(&c.ListenAddr, isListenAddr)}
 	return slices.Concat(c.commonConfig.options(), []option{public}, c.policyOptions(true))
 }
 
@@ -128,13 +118,11 @@ func (c *policyConfig) policyOptions(audienceRequired bool) []option {
 	return []option{
 		prefixOption(&c.ImagePrefixes),
 		{env: "GITHUB_OIDC_AUDIENCE", required: audienceRequired, usage: "audience that a token must be made for, such as https://rollout.example.com",
-			set: into(&c.Audience, anyText)},
+			set: text(&c.Audience)},
 		{env: "GITHUB_OIDC_ISSUER", def: "https://token.actions.githubusercontent.com", usage: "issuer of the tokens",
-			expected: "an https URL without query, such as https://token.actions.githubusercontent.com", set: into(&c.Issuer, checked(isIssuer))},
-		{env: "GITHUB_ALLOWED_ORG", required: true, usage: "comma-separated owners whose repositories may ask",
-			expected: "owner names separated by commas", set: into(&c.Orgs, listOf(ownerRE))},
-		{env: "GITHUB_ALLOWED_ORG_ID", usage: "comma-separated numeric ids that repository_owner_id must be one of",
-			expected: "numbers separated by commas", set: into(&c.OrgIDs, listOf(digitsRE))},
+			expected: "an https URL without query, such as https://token.actions.githubusercontent.com", set: text(&c.Issuer, isIssuer)},
+		{env: "GITHUB_ALLOWED_ORG", required: true, usage: "comma-separated owners whose repositories may ask", set: into(&c.Orgs, listOf(ownerRE))},
+		{env: "GITHUB_ALLOWED_ORG_ID", usage: "comma-separated numeric ids that repository_owner_id must be one of", set: into(&c.OrgIDs, listOf(digitsRE))},
 		{env: "TRUST_POLICY", multiline: true, usage: "YAML rules that say which jobs may restart which images", set: into(&c.TrustPolicy, parseRules)},
 	}
 }
@@ -142,48 +130,22 @@ func (c *policyConfig) policyOptions(audienceRequired bool) []option {
 func (c *workerConfig) options() []option {
 	return append(c.commonConfig.options(), []option{
 		prefixOption(&c.ImagePrefixes),
-		{env: "KUBECONFIG", required: !c.InCluster, unset: "in-cluster", usage: "path of a kubeconfig", set: into(&c.Kubeconfig, anyText)},
-		{env: "WORKER_NAMESPACES", unset: "all", usage: "comma-separated namespaces to watch",
-			expected: "namespaces separated by commas", set: into(&c.Namespaces, listOf(namespaceRE))},
-		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the Deployments to watch",
-			expected: "a label selector, such as team=payments", set: into(&c.Selector, parseSelector)},
+		{env: "KUBECONFIG", required: !c.InCluster, unset: "in-cluster", usage: "path of a kubeconfig", set: text(&c.Kubeconfig)},
+		{env: "WORKER_NAMESPACES", unset: "all", usage: "comma-separated namespaces to watch", set: into(&c.Namespaces, listOf(namespaceRE))},
+		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the Deployments to watch", set: text(&c.Selector, isSelector)},
 		{env: "WORKER_CATCH_UP", def: "1h", usage: "how far back missed requests are made up for; 0 for PubSub only, at most 24h",
-			expected: "0 or a duration from 1m to 24h, such as 1h", set: into(&c.CatchUp, zeroOr(time.Minute, 24*time.Hour))},
+			expected: "0 or a duration from 1m to 24h, such as 1h", set: into(&c.CatchUp, time.ParseDuration, isCatchUp)},
 		{env: "WORKER_RESTART_INTERVAL", def: "10s", usage: "shortest time between two restarts of a Deployment; 0 for none",
-			expected: "0 or a duration from 1s to half of WORKER_CATCH_UP, such as 10s", set: into(&c.RestartInterval, zeroOr(time.Second, 12*time.Hour))},
+			set: into(&c.RestartInterval, c.parseRestartInterval)},
 		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256",
-			expected: "a number from 1 to 256", set: into(&c.Concurrency, between(1, 256))},
+			expected: "a number from 1 to 256", set: into(&c.Concurrency, strconv.Atoi, isConcurrency)},
 		{env: "CLUSTER_NAME", def: "default", usage: "name of the cluster in logs",
-			expected: "1 to 63 letters, digits, dots, dashes or underscores", set: into(&c.ClusterName, checked(clusterRE.MatchString))},
+			expected: "1 to 63 letters, digits, dots, dashes or underscores", set: text(&c.ClusterName, clusterRE.MatchString)},
 	}...)
 }
 
-// validate checks what no option can check alone.
-func (c *commonConfig) validate() error {
-	if c.Valkey.TLSRoots != nil && !c.Valkey.TLS {
-		return errors.New("VALKEY_TLS_CA_FILE (--valkey-tls-ca-file) is set, but VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true")
-	}
-	return nil
-}
-
-func (c *explainConfig) validate() error { return nil }
-
-// validate bounds the restart interval, so that a deferred request is restarted
-// long before it expires.
-func (c *workerConfig) validate() error {
-	err := c.commonConfig.validate()
-	if limit := cmp.Or(c.CatchUp, time.Hour) / 2; c.RestartInterval > limit {
-		err = errors.Join(err, fmt.Errorf("WORKER_RESTART_INTERVAL (--worker-restart-interval): %q: expected at most %s, "+
-			"half of WORKER_CATCH_UP (1h if that is 0)", c.RestartInterval, limit))
-	}
-	return err
-}
-
 // configuration is what a subcommand reads from its flags and the environment.
-type configuration interface {
-	options() []option
-	validate() error
-}
+type configuration interface{ options() []option }
 
 // usageError is a mistake in the command line or the environment; the process
 // exits with 2.
@@ -202,13 +164,14 @@ func parseConfig(subcommand string, cfg configuration, args []string, getenv fun
 // parseFlags is parseConfig for a subcommand whose other flags are in fs.
 func parseFlags(fs *flag.FlagSet, cfg configuration, args []string, getenv func(string) string) error {
 	fs.SetOutput(io.Discard) // the caller prints errors and help
-	options, given := cfg.options(), map[string]string{}
+	options, values := cfg.options(), map[string]string{}
 	for _, o := range options {
+		values[o.env] = getenv(o.env)
 		define := fs.Func
 		if o.boolean {
 			define = fs.BoolFunc
 		}
-		define(o.flagName(), o.usage, func(v string) error { given[o.env] = v; return nil })
+		define(o.flagName(), o.usage, func(v string) error { values[o.env] = v; return nil })
 	}
 	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return err
@@ -221,23 +184,19 @@ func parseFlags(fs *flag.FlagSet, cfg configuration, args []string, getenv func(
 	}
 
 	var missing []string
-	var wrong []error
+	var wrong error
 	for _, o := range options {
-		value, ok := given[o.env]
-		if !ok {
-			value = getenv(o.env)
-		}
-		if value = cmp.Or(value, o.def); value != "" {
-			wrong = append(wrong, o.apply(value))
+		if value := cmp.Or(values[o.env], o.def); value != "" {
+			wrong = errors.Join(wrong, o.apply(value))
 		} else if o.required {
 			missing = append(missing, o.String())
 		}
 	}
 	if len(missing) > 0 {
-		wrong = slices.Insert(wrong, 0, fmt.Errorf("missing required configuration: %s", strings.Join(missing, ", ")))
+		wrong = errors.Join(fmt.Errorf("missing required configuration: %s", strings.Join(missing, ", ")), wrong)
 	}
-	if err := errors.Join(append(wrong, cfg.validate())...); err != nil {
-		return usageError{err}
+	if wrong != nil {
+		return usageError{wrong}
 	}
 	return nil
 }
@@ -255,8 +214,8 @@ func (o option) apply(value string) error {
 	if err == nil {
 		return nil
 	}
-	if o.expected != "" {
-		err = errors.New("expected " + o.expected)
+	if o.expected != "" || err == errInvalid {
+		err = errors.New("expected " + cmp.Or(o.expected, o.usage))
 	}
 	if o.secret || o.multiline {
 		return fmt.Errorf("%s: %w", o, err)
@@ -289,26 +248,23 @@ var (
 
 var errInvalid = errors.New("not valid")
 
-// into makes a parser the setter of a field.
-func into[T any](field *T, parse func(string) (T, error)) func(string) error {
+// into sets field to what parse makes of a value that passes the checks.
+func into[T any](field *T, parse func(string) (T, error), checks ...func(T) bool) func(string) error {
 	return func(s string) error {
 		v, err := parse(s)
-		if err == nil {
-			*field = v
+		if err != nil {
+			return err
 		}
-		return err
+		if slices.ContainsFunc(checks, func(ok func(T) bool) bool { return !ok(v) }) {
+			return errInvalid
+		}
+		*field = v
+		return nil
 	}
 }
 
-func anyText(s string) (string, error) { return s, nil }
-
-func checked(ok func(string) bool) func(string) (string, error) {
-	return func(s string) (string, error) {
-		if !ok(s) {
-			return "", errInvalid
-		}
-		return s, nil
-	}
+func text(field *string, checks ...func(string) bool) func(string) error {
+	return into(field, func(s string) (string, error) { return s, nil }, checks...)
 }
 
 func listOf(item *regexp.Regexp) func(string) ([]string, error) {
@@ -326,31 +282,22 @@ func listOf(item *regexp.Regexp) func(string) ([]string, error) {
 	}
 }
 
-func between(low, high int) func(string) (int, error) {
-	return func(s string) (int, error) {
-		n, err := strconv.Atoi(s)
-		if n < low || n > high {
-			err = errInvalid
-		}
-		return n, err
+// parseRestartInterval bounds it by the catch-up window, so that a deferred
+// request is restarted long before it expires.
+func (c *workerConfig) parseRestartInterval(s string) (time.Duration, error) {
+	limit := cmp.Or(c.CatchUp, time.Hour) / 2
+	d, err := time.ParseDuration(s)
+	if err != nil || d != 0 && (d < time.Second || d > limit) {
+		err = fmt.Errorf("expected 0 or a duration of at least 1s and at most %s, half of WORKER_CATCH_UP (1h if that is 0)", limit)
 	}
-}
-
-func zeroOr(low, high time.Duration) func(string) (time.Duration, error) {
-	return func(s string) (time.Duration, error) {
-		d, err := time.ParseDuration(s)
-		if d != 0 && (d < low || d > high) {
-			err = errInvalid
-		}
-		return d, err
-	}
+	return d, err
 }
 
 func parseLogLevel(s string) (level slog.Level, err error) {
-	if strings.Contains(s, "+") || strings.Contains(s, "-") {
-		return level, errInvalid // slog would take INFO+4
+	if strings.ContainsAny(s, "+-") || level.UnmarshalText([]byte(s)) != nil {
+		err = errInvalid // slog would take INFO+4
 	}
-	return level, level.UnmarshalText([]byte(s))
+	return level, err
 }
 
 // isListenAddr takes an empty host (every address) and port 0 (a free one).
@@ -372,16 +319,23 @@ func isIssuer(s string) bool {
 	return err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.RawQuery == "" && u.Fragment == ""
 }
 
-func parseSelector(s string) (string, error) {
+func isConcurrency(n int) bool       { return 1 <= n && n <= 256 }
+func isCatchUp(d time.Duration) bool { return d == 0 || time.Minute <= d && d <= 24*time.Hour }
+
+func isSelector(s string) bool {
 	_, err := labels.Parse(s)
-	return s, err
+	return err == nil
 }
 
-func readCertificates(file string) (*x509.CertPool, error) {
+func (c *commonConfig) readRoots(file string) (*x509.CertPool, error) {
 	pem, err := os.ReadFile(file)
 	roots := x509.NewCertPool()
-	if err == nil && !roots.AppendCertsFromPEM(pem) {
+	switch {
+	case err != nil:
+	case !roots.AppendCertsFromPEM(pem):
 		err = errors.New("expected a file with a PEM certificate")
+	case !c.Valkey.TLS:
+		err = errors.New("VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true")
 	}
 	return roots, err
 }

@@ -156,9 +156,9 @@ func TestBadValues(t *testing.T) {
 		{"web", "WEB_LISTEN_ADDR", "localhost", "host:port"},
 		{"web", "GITHUB_OIDC_ISSUER", "http://issuer.example.com", "https URL"},
 		{"web", "GITHUB_OIDC_ISSUER", "https://issuer.example.com/?x=1", "https URL"},
-		{"web", "GITHUB_ALLOWED_ORG", "acme,", "commas"},
-		{"web", "GITHUB_ALLOWED_ORG", "acme*", "commas"},
-		{"web", "GITHUB_ALLOWED_ORG_ID", "acme", "numbers"},
+		{"web", "GITHUB_ALLOWED_ORG", "acme,", "comma"},
+		{"web", "GITHUB_ALLOWED_ORG", "acme*", "comma"},
+		{"web", "GITHUB_ALLOWED_ORG_ID", "acme", "numeric"},
 		{"worker", "WORKER_NAMESPACES", "Shop", "namespaces"},
 		{"worker", "WORKER_NAMESPACES", "*", "namespaces"},
 		{"worker", "WORKER_SELECTOR", "a in b", "label selector"},
@@ -246,7 +246,6 @@ func TestPlaceholders(t *testing.T) {
 type badSecret struct{ option }
 
 func (c badSecret) options() []option { return []option{c.option} }
-func (c badSecret) validate() error   { return nil }
 
 func TestSecretsAreNotPrinted(t *testing.T) {
 	secrets := 0

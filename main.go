@@ -55,9 +55,8 @@ var commands = []command{
 }
 
 func main() {
-	// A connection to the API server may be idle for 5 s before it is pinged, and
-	// the answer may take 5 s. By default, a dead one would hold the watch and the
-	// patches for 45 s. client-go reads the limits from the environment alone.
+	// client-go reads these limits, in seconds, from the environment alone. With its
+	// own, a dead connection would hold the watch and the patches for 45 s.
 	for _, name := range []string{"HTTP2_READ_IDLE_TIMEOUT_SECONDS", "HTTP2_PING_TIMEOUT_SECONDS"} {
 		if os.Getenv(name) == "" {
 			os.Setenv(name, "5")
@@ -68,7 +67,6 @@ func main() {
 	os.Exit(exitStatus(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr), os.Stderr))
 }
 
-// exitStatus reports the error of run.
 func exitStatus(err error, stderr io.Writer) int {
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp): // -h was answered
@@ -211,7 +209,6 @@ func runWorker(ctx context.Context, args []string, getenv func(string) string, s
 	return serveWorker(ctx, cfg, client, log)
 }
 
-// serveWorker runs worker with the client of its cluster.
 func serveWorker(ctx context.Context, cfg *workerConfig, client dynamic.Interface, log *slog.Logger) error {
 	source, err := newSubscriber(cfg.Valkey, log)
 	if err != nil {
@@ -224,7 +221,6 @@ func serveWorker(ctx context.Context, cfg *workerConfig, client dynamic.Interfac
 	return s.run(ctx)
 }
 
-// newKubernetesClient makes the client of the cluster.
 func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
 	rc, err := kubernetesConfig(cfg.Kubeconfig)
 	if err != nil {
@@ -247,11 +243,11 @@ func kubernetesConfig(files string) (*rest.Config, error) {
 	}
 	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(files)}
 	merged, err := rules.Load()
+	if err == nil && len(merged.Clusters) == 0 {
+		err = errors.New("expected a kubeconfig with a cluster")
+	}
 	if err != nil {
 		return nil, err
-	}
-	if len(merged.Clusters) == 0 {
-		return nil, errors.New("expected a kubeconfig with a cluster")
 	}
 	return clientcmd.NewNonInteractiveClientConfig(*merged, "", nil, rules).ClientConfig()
 }
