@@ -130,64 +130,38 @@ func TestInCluster(t *testing.T) {
 }
 
 func TestBadValues(t *testing.T) {
-	dir := t.TempDir()
-	file := filepath.Join(dir, "ca.pem")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for _, tt := range []struct{ mode, name, bad, parts string }{
-		{"web", "LOG_LEVEL", "verbose", "debug, info, warn or error"},
-		{"web", "LOG_LEVEL", "INFO+4", "debug, info, warn or error"},
-		{"web", "OPS_LISTEN_ADDR", "8081", "host:port"},
-		{"web", "OPS_LISTEN_ADDR", ":http", "host:port"},
-		{"web", "VALKEY_ADDR", "valkey", "host:port"},
-		{"web", "VALKEY_ADDR", ":6379", "host:port"},
-		{"web", "VALKEY_ADDR", "redis://valkey:6379", "host:port"},
-		{"web", "VALKEY_ADDR", "valkey:0", "host:port"},
-		{"web", "VALKEY_ADDR", "valkey:65536", "host:port"},
-		{"web", "VALKEY_ADDR", "user@valkey:6379", "host:port"},
-		{"web", "VALKEY_TLS_ENABLED", "yes", "true or false"},
-		{"web", "VALKEY_TLS_CA_FILE", filepath.Join(dir, "none"), "no such file"},
-		{"web", "VALKEY_TLS_CA_FILE", file, "PEM certificate"},
-		{"web", "VALKEY_TLS_CA_FILE", caFile(t), "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"},
-		{"worker", "VALKEY_TLS_CA_FILE", caFile(t), "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true"},
-		{"web", "VALKEY_CHANNEL", "a b", "letters"},
-		{"web", "ALLOWED_IMAGE_PREFIX", "acme", "registry's host"},
-		{"web", "WEB_LISTEN_ADDR", "localhost", "host:port"},
-		{"web", "GITHUB_OIDC_ISSUER", "http://issuer.example.com", "https URL"},
-		{"web", "GITHUB_OIDC_ISSUER", "https://issuer.example.com/?x=1", "https URL"},
-		{"web", "GITHUB_ALLOWED_ORG", "acme,", "comma"},
-		{"web", "GITHUB_ALLOWED_ORG", "acme*", "comma"},
-		{"web", "GITHUB_ALLOWED_ORG_ID", "acme", "numeric"},
-		{"worker", "WORKER_NAMESPACES", "Shop", "namespaces"},
-		{"worker", "WORKER_NAMESPACES", "*", "namespaces"},
-		{"worker", "WORKER_SELECTOR", "a in b", "label selector"},
-		{"worker", "WORKER_CATCH_UP", "60", "0 or a duration"},
-		{"worker", "WORKER_CATCH_UP", "25h", "0 or a duration"},
-		{"worker", "WORKER_CATCH_UP", "-1h", "0 or a duration"},
-		{"worker", "WORKER_CATCH_UP", "1s", "0 or a duration"},
-		{"worker", "WORKER_RESTART_INTERVAL", "10", "0 or a duration"},
-		{"worker", "WORKER_RESTART_INTERVAL", "999ms", "0 or a duration"},
-		{"worker", "WORKER_RESTART_INTERVAL", "-10s", "0 or a duration"},
-		{"worker", "WORKER_RESTART_INTERVAL", "31m", "at most 30m0s, half of WORKER_CATCH_UP"},
-		{"worker", "WORKER_CONCURRENCY", "0", "from 1 to 256"},
-		{"worker", "WORKER_CONCURRENCY", "257", "from 1 to 256"},
-		{"worker", "WORKER_CONCURRENCY", "many", "from 1 to 256"},
-		{"worker", "CLUSTER_NAME", "a b", "letters"},
+	for _, tt := range []struct {
+		mode, name, part string
+		bad              []string
+	}{
+		{"web", "LOG_LEVEL", "debug, info, warn or error", []string{"verbose", "INFO+4"}},
+		{"web", "OPS_LISTEN_ADDR", "host:port", []string{"8081", ":http"}},
+		{"web", "VALKEY_ADDR", "host:port", []string{"valkey", ":6379", "redis://valkey:6379", "valkey:0", "valkey:65536", "user@valkey:6379"}},
+		{"web", "VALKEY_TLS_ENABLED", "true or false", []string{"yes"}},
+		{"web", "VALKEY_TLS_CA_FILE", "no such file", []string{"none"}},
+		{"web", "VALKEY_TLS_CA_FILE", "PEM certificate", []string{"go.mod"}},
+		{"web", "VALKEY_TLS_CA_FILE", "VALKEY_TLS_ENABLED (--valkey-tls-enabled) is not true", []string{caFile(t)}},
+		{"web", "VALKEY_CHANNEL", "letters", []string{"a b"}},
+		{"web", "ALLOWED_IMAGE_PREFIX", "registry's host", []string{"acme"}},
+		{"web", "WEB_LISTEN_ADDR", "host:port", []string{"localhost"}},
+		{"web", "GITHUB_OIDC_ISSUER", "https URL", []string{"http://issuer.example.com", "https://issuer.example.com/?x=1"}},
+		{"web", "GITHUB_ALLOWED_ORG", "comma", []string{"acme,", "acme*"}},
+		{"web", "GITHUB_ALLOWED_ORG_ID", "numeric", []string{"acme"}},
+		{"worker", "WORKER_NAMESPACES", "namespaces", []string{"Shop", "*"}},
+		{"worker", "WORKER_SELECTOR", "label selector", []string{"a in b"}},
+		{"worker", "WORKER_CATCH_UP", "0 or a duration", []string{"60", "25h", "-1h", "1s"}},
+		{"worker", "WORKER_RESTART_INTERVAL", "0 or a duration", []string{"10", "999ms", "-10s"}},
+		{"worker", "WORKER_RESTART_INTERVAL", "at most 30m0s, half of WORKER_CATCH_UP", []string{"31m"}},
+		{"worker", "WORKER_CONCURRENCY", "from 1 to 256", []string{"0", "257", "many"}},
+		{"worker", "CLUSTER_NAME", "letters", []string{"a b"}},
 	} {
-		vars := maps.Clone(workerEnv)
-		if tt.mode == "web" {
-			vars = maps.Clone(webEnv)
-		}
-		vars[tt.name] = tt.bad
-		_, err := readConfig(tt.mode, nil, vars)
-		if !errors.As(err, new(usageError)) {
-			t.Errorf("%s=%q: got %v, want a usage error", tt.name, tt.bad, err)
-			continue
-		}
-		for _, part := range []string{tt.name, "--" + strings.ReplaceAll(strings.ToLower(tt.name), "_", "-"), tt.parts} {
-			if !strings.Contains(err.Error(), part) {
-				t.Errorf("%s=%q: %q does not say %q", tt.name, tt.bad, err, part)
+		for _, bad := range tt.bad {
+			vars := maps.Clone(map[string]map[string]string{"web": webEnv, "worker": workerEnv}[tt.mode])
+			vars[tt.name] = bad
+			_, err := readConfig(tt.mode, nil, vars)
+			want := tt.name + " (--" + option{env: tt.name}.flagName() + ")"
+			if !errors.As(err, new(usageError)) || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), tt.part) {
+				t.Errorf("%s=%q: got %v, want a usage error that names %s and says %q", tt.name, bad, err, want, tt.part)
 			}
 		}
 	}

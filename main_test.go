@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -47,7 +48,12 @@ func program(t *testing.T, vars []string, args ...string) (stdout, stderr string
 }
 
 func TestCommandLine(t *testing.T) {
-	const password = "hunter2-do-not-print"
+	const (
+		password   = "hunter2-do-not-print"
+		workerArgs = "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme "
+		webArgs    = "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org="
+		noPort     = " --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0"
+	)
 	secret := []string{"VALKEY_PASSWORD=" + password}
 	for _, tt := range []struct {
 		args           string
@@ -69,23 +75,23 @@ func TestCommandLine(t *testing.T) {
 		{args: "worker --help", vars: secret, stdout: "--worker-namespaces"},
 		{args: "web", vars: secret, code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), GITHUB_OIDC_AUDIENCE (--github-oidc-audience), GITHUB_ALLOWED_ORG (--github-allowed-org)"},
 		{args: "worker", code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), KUBECONFIG (--kubeconfig)"},
-		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=/none", code: 2, stderr: `KUBECONFIG (--kubeconfig): "/none": expected a kubeconfig with a cluster`},
-		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=go.mod", code: 2, stderr: `KUBECONFIG (--kubeconfig): "go.mod": `},
-		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", vars: secret, code: 1, stderr: "listening for web"},
-		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): line 1: no rules"},
+		{args: workerArgs + "--kubeconfig=/none", code: 2, stderr: `KUBECONFIG (--kubeconfig): "/none": expected a kubeconfig with a cluster`},
+		{args: workerArgs + "--kubeconfig=go.mod", code: 2, stderr: `KUBECONFIG (--kubeconfig): "go.mod": `},
+		{args: webArgs + "acme " + noPort, vars: secret, code: 1, stderr: "listening for web"},
+		{args: webArgs + "acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): line 1: no rules"},
 		// web says at start what holds.
-		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme,b --github-allowed-org-id=7 --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0", code: 1,
+		{args: webArgs + "acme,b --github-allowed-org-id=7 " + noPort, code: 1,
 			stderr: `"msg":"policy","rules":["default rule: event_name=push|workflow_dispatch|repository_dispatch|release|schedule|registry_package|deployment may restart *"],"prefixes":["ghcr.io/acme"],"orgs":["acme","b"],"org_ids":["7"],"issuer":"https://token.actions.githubusercontent.com","audience":"a"}`},
-		{args: "web --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --github-oidc-audience=a --github-allowed-org=acme --web-listen-addr=256.0.0.1:0 --ops-listen-addr=127.0.0.1:0",
+		{args: webArgs + "acme " + noPort,
 			vars: []string{"TRUST_POLICY=- {claims: {event_name: pull_request_target}, images: ['*']}\n- {claims: {event_name: 'w*'}, images: ['*']}"}, code: 1,
 			stderr: `which may run untrusted code: name the events","rules":["rule 2"]}`},
 		{args: "web --valkey-password= " + password, code: 2, stderr: "unexpected argument; write --name=value"},
 		{args: "version -h", stdout: "kuberollouttrigger "},
-		{args: "worker --valkey-addr=localhost:1 --allowed-image-prefix=ghcr.io/acme --kubeconfig=testdata/kubeconfig --valkey-tls-enabled --valkey-tls-ca-file=go.mod", code: 2, stderr: `VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): "go.mod": expected a file with a PEM certificate`},
+		{args: workerArgs + "--kubeconfig=testdata/kubeconfig --valkey-tls-enabled --valkey-tls-ca-file=go.mod", code: 2, stderr: `VALKEY_TLS_CA_FILE (--valkey-tls-ca-file): "go.mod": expected a file with a PEM certificate`},
 		{args: "dev", code: 2, stderr: "the subcommand dev is only in a development build: go run -tags dev . dev"},
 	} {
-		if tt.args == "dev" && devBuild() {
-			continue
+		if slices.ContainsFunc(commands, func(c command) bool { return c.name == tt.args && c.name == "dev" }) {
+			continue // a development build
 		}
 		stdout, stderr, code := program(t, tt.vars, strings.Fields(tt.args)...)
 		if code != tt.code || !strings.Contains(stdout, tt.stdout) || !strings.Contains(stderr, tt.stderr) {
@@ -95,15 +101,6 @@ func TestCommandLine(t *testing.T) {
 			t.Errorf("%q prints the password", tt.args)
 		}
 	}
-}
-
-func devBuild() bool {
-	for _, c := range commands {
-		if c.name == "dev" {
-			return true
-		}
-	}
-	return false
 }
 
 // Each process is ready only if all that it depends on is.

@@ -88,22 +88,28 @@ type testService struct {
 	served      chan error
 }
 
-// startService serves h on the public port. The task waits for its context.
-func startService(t *testing.T, h http.Handler, ready func(context.Context) error) *testService {
-	s := &testService{public: newPipeListener(), ops: newPipeListener(), served: make(chan error, 1)}
-	task := func(ctx context.Context) error {
-		<-ctx.Done()
-		s.taskDone.Store(true)
-		return nil
-	}
-	listeners := map[string]*pipeListener{"ops": s.ops, "web": s.public}
-	listen := func(_, addr string) (net.Listener, error) { return listeners[addr], nil }
-	running := &service{log: slog.New(slog.DiscardHandler), listen: listen, opsAddr: "ops", ready: ready, task: task, apiAddr: "web", api: h}
-	ctx, cancel := context.WithCancel(t.Context())
-	s.cancel = cancel
-	go func() { s.served <- running.run(ctx) }()
-	synctest.Wait()
-	return s
+// withService tests a service that serves h on the public port, in a bubble.
+// The task waits for its context.
+func withService(t *testing.T, h http.Handler, ready func(context.Context) error, test func(t *testing.T, s *testService)) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &testService{public: newPipeListener(), ops: newPipeListener(), served: make(chan error, 1)}
+		listeners := map[string]*pipeListener{"ops": s.ops, "web": s.public}
+		running := &service{log: slog.New(slog.DiscardHandler), opsAddr: "ops", ready: ready, apiAddr: "web", api: h}
+		running.listen = func(_, addr string) (net.Listener, error) { return listeners[addr], nil }
+		running.task = func(ctx context.Context) error {
+			<-ctx.Done()
+			s.taskDone.Store(true)
+			return nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		s.cancel = cancel
+		var ended sync.WaitGroup
+		ended.Go(func() { s.served <- running.run(ctx) })
+		defer ended.Wait()
+		defer cancel()
+		synctest.Wait()
+		test(t, s)
+	})
 }
 
 func alwaysReady(context.Context) error { return nil }
@@ -111,14 +117,15 @@ func alwaysReady(context.Context) error { return nil }
 // A service that is told to stop answers what is in flight, and what still
 // arrives until everybody knows.
 func TestDrain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		release := make(chan struct{})
-		s := startService(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.URL.Path == "/slow" {
-				<-release
-			}
-			io.WriteString(w, "done")
-		}), alwaysReady)
+	var release chan struct{}
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			<-release
+		}
+		io.WriteString(w, "done")
+	})
+	withService(t, h, alwaysReady, func(t *testing.T, s *testService) {
+		release = make(chan struct{}) // of this bubble
 		expect := func(l *pipeListener, path string, status int, body string) {
 			t.Helper()
 			if got, text := l.get(path); got != status || text != body {
@@ -157,8 +164,8 @@ func TestDrain(t *testing.T) {
 
 // A request that never ends holds up the process for a bounded time.
 func TestDrainIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := startService(t, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }), alwaysReady)
+	h := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	withService(t, h, alwaysReady, func(t *testing.T, s *testService) {
 		conn, err := s.public.dial()
 		if err != nil {
 			t.Fatal(err)
@@ -185,11 +192,11 @@ func TestDrainIsBounded(t *testing.T) {
 // While web is being replaced, no request is dropped: not one that is sent to
 // it, nor one on a connection that it closes at the same moment.
 func TestDrainUnderLoad(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := startService(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			time.Sleep(2 * time.Millisecond)
-			io.WriteString(w, "done")
-		}), alwaysReady)
+	h := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(2 * time.Millisecond)
+		io.WriteString(w, "done")
+	})
+	withService(t, h, alwaysReady, func(t *testing.T, s *testService) {
 		var dropped, kept, answered atomic.Int64
 		var clients sync.WaitGroup
 		end := time.Now().Add(100*time.Millisecond + lameDuck/2)
@@ -227,8 +234,7 @@ func TestServiceFails(t *testing.T) {
 			t.Errorf("a broken task: %v", err)
 		}
 	})
-	synctest.Test(t, func(t *testing.T) {
-		s := startService(t, http.NotFoundHandler(), alwaysReady)
+	withService(t, http.NotFoundHandler(), alwaysReady, func(t *testing.T, s *testService) {
 		s.public.Close()
 		if err := <-s.served; !errors.Is(err, net.ErrClosed) || !strings.Contains(err.Error(), "serving web") || !s.taskDone.Load() {
 			t.Errorf("a broken server: %v", err)
@@ -247,24 +253,21 @@ func TestServiceFails(t *testing.T) {
 
 // A readiness check that hangs is answered before the kubelet gives up.
 func TestProbeTimeout(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := startService(t, http.NotFoundHandler(), func(ctx context.Context) error {
-			<-ctx.Done()
-			return ctx.Err()
-		})
+	hang := func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	withService(t, http.NotFoundHandler(), hang, func(t *testing.T, s *testService) {
 		start := time.Now()
 		if status, _ := s.ops.get("/readyz"); status != 503 || time.Since(start) >= time.Second {
 			t.Errorf("%d after %s", status, time.Since(start))
 		}
-		s.cancel()
-		<-s.served
 	})
 }
 
 // Connections beyond the bound wait until another one is closed.
 func TestConnectionsAreBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := startService(t, http.NotFoundHandler(), alwaysReady)
+	withService(t, http.NotFoundHandler(), alwaysReady, func(t *testing.T, s *testService) {
 		conns := make([]net.Conn, maxConnections)
 		for i := range conns {
 			conn, err := s.public.dial()
@@ -291,8 +294,6 @@ func TestConnectionsAreBounded(t *testing.T) {
 		for _, conn := range conns {
 			conn.Close()
 		}
-		s.cancel()
-		<-s.served
 	})
 }
 
@@ -308,18 +309,17 @@ func TestSlowClients(t *testing.T) {
 		{"half a header", "POST /event HTTP/1.1\r\nHost: x\r\n", false, 5 * time.Second},
 		{"half a body", "POST /event HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n", true, 10 * time.Second},
 	} {
-		synctest.Test(t, func(t *testing.T) {
-			log := slog.New(slog.DiscardHandler)
-			v := newVerifier(issuer.URL, testAudience, issuer.offline(), log, time.Now)
-			if err := v.refresh(t.Context()); err != nil {
+		log := slog.New(slog.DiscardHandler)
+		h := &web{log: log, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"},
+			publish: func(context.Context, []string) (int64, int64, error) {
+				t.Error("something was published")
+				return 0, 0, nil
+			}}
+		withService(t, h, alwaysReady, func(t *testing.T, s *testService) {
+			h.verifier = newVerifier(issuer.URL, testAudience, issuer.offline(), log, time.Now)
+			if err := h.verifier.refresh(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			h := &web{log: log, verifier: v, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"},
-				publish: func(context.Context, []string) (int64, int64, error) {
-					t.Error("something was published")
-					return 0, 0, nil
-				}}
-			s := startService(t, h, alwaysReady)
 			head := tt.head
 			if tt.token {
 				head += "Authorization: Bearer " + issuer.token(t, issuer.claims()) + "\r\n\r\n{"
@@ -336,8 +336,6 @@ func TestSlowClients(t *testing.T) {
 			if took := time.Since(start); took > tt.limit+time.Second || tt.token != strings.Contains(string(answer), "the body could not be read") {
 				t.Errorf("%s: cut off after %s with %q", tt.name, took, answer)
 			}
-			s.cancel()
-			<-s.served
 		})
 	}
 }
