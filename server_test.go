@@ -170,7 +170,6 @@ func TestDrainIsBounded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer conn.Close() // ends the request if nothing else does
 		if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: test\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
@@ -185,6 +184,7 @@ func TestDrainIsBounded(t *testing.T) {
 			}
 		default:
 			t.Error("it still waits")
+			conn.Close()
 		}
 	})
 }

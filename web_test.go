@@ -206,6 +206,7 @@ func TestAnswers(t *testing.T) {
 		{"PUT", "PUT", "/event", nil, good, 405, ""},
 		{"OPTIONS", "OPTIONS", "/event", nil, "", 405, ""},
 		{"health", "GET", "/healthz", nil, "", 200, "ok\n"},
+		{"head of health", "HEAD", "/healthz", nil, "", 200, ""},
 		{"post to health", "POST", "/healthz", nil, "", 405, ""},
 
 		{"no token", "POST", "/event", map[string][]string{"Authorization": nil}, good, 401, "access denied\n"},
