@@ -1,6 +1,11 @@
 // kuberollouttrigger restarts the Kubernetes Deployments that run a container
 // image as soon as a GitHub Actions job has pushed that image.
 //
+//	kuberollouttrigger web      accepts POST /event from GitHub Actions
+//	kuberollouttrigger worker   restarts Deployments
+//	kuberollouttrigger explain  says which rule lets a job restart an image
+//	kuberollouttrigger help     lists these; <subcommand> -h prints the options
+//
 // web serves POST /event and GET /healthz on WEB_LISTEN_ADDR (:8080): a job's OIDC
 // token and {"image":"ghcr.io/acme/api:dev"}; 202 when the request is in the
 // ledger in Valkey and published. web and worker serve probes on OPS_LISTEN_ADDR

@@ -19,11 +19,10 @@ import (
 )
 
 const (
-	// fieldManager is the worker's name in managedFields. Flux strips what a
-	// manager whose name begins with kubectl has set.
+	// Flux strips what a field manager whose name begins with kubectl has set.
 	fieldManager = "kuberollouttrigger"
 
-	// patchTimeout bounds all that is sent for one Deployment in one go. An API
+	// patchTimeout bounds all that is sent for one Deployment in one look. An API
 	// server waits as long for an admission webhook by default.
 	patchTimeout = 10 * time.Second
 
@@ -33,17 +32,13 @@ const (
 	maxBackoff    = 15 * time.Second
 	maxRetryAfter = 5 * time.Minute
 
-	// defaultWindow is how long a request counts when WORKER_CATCH_UP is 0.
-	defaultWindow = time.Hour
-
 	// restartedAtLead is how far a restartedAt in the worker's own form may be
 	// ahead: another worker may know a newer T for some milliseconds.
 	restartedAtLead = 5 * time.Second
 
-	// catchUpInterval is the pause between two reads of the ledger, catchUpTimeout
-	// bounds one.
-	catchUpInterval = 30 * time.Second
-	catchUpTimeout  = 10 * time.Second
+	defaultWindow   = time.Hour        // how long a request counts when WORKER_CATCH_UP is 0
+	catchUpInterval = 30 * time.Second // between two reads of the ledger
+	catchUpTimeout  = 10 * time.Second // for one
 )
 
 // worker restarts what runs an image that was requested.
