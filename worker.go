@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -418,17 +417,12 @@ var errNoEffect = errors.New("the API server's answer lacks the annotation; a we
 // Since restartedAt is T, any number of workers send the same. The uid keeps it
 // from a Deployment of the same name that was created since.
 func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned bool) error {
-	type m = map[string]any
-	metadata := m{"uid": d.uid}
+	metadata, restartedAt := fmt.Sprintf(`"uid":%q`, d.uid), formatTime(at)
 	if versioned {
-		metadata["resourceVersion"] = d.resourceVersion
+		metadata = fmt.Sprintf(`"resourceVersion":%q,`, d.resourceVersion) + metadata
 	}
-	restartedAt := formatTime(at)
-	body, err := json.Marshal(m{"metadata": metadata,
-		"spec": m{"template": m{"metadata": m{"annotations": m{restartedAtAnnotation: restartedAt}}}}})
-	if err != nil {
-		return fmt.Errorf("encoding the patch: %w", err)
-	}
+	body := fmt.Appendf(nil, `{"metadata":{%s},"spec":{"template":{"metadata":{"annotations":{%q:%q}}}}}`,
+		metadata, restartedAtAnnotation, restartedAt)
 	answer, err := w.client.Resource(deploymentsResource).Namespace(d.namespace).
 		Patch(ctx, d.name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager})
 	if err != nil {
