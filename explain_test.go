@@ -176,7 +176,7 @@ func TestExplainEscapes(t *testing.T) {
 	for _, trust := range []string{explainPolicy, "- {claims: {ref: '*'}, images: ['ghcr.io/{repository}:dev']}", ""} {
 		for _, owner := range []string{"acme", nasty} {
 			c["repository_owner"] = owner
-			out, err := askExplain(t, string(jsonBytes(t, c)), map[string]string{"TRUST_POLICY": trust}, "--image=ghcr.io/acme/api:dev")
+			out, err := askExplain(t, string(jsonBytes(c)), map[string]string{"TRUST_POLICY": trust}, "--image=ghcr.io/acme/api:dev")
 			if err != nil && !errors.Is(err, errDenied) {
 				t.Fatal(err)
 			}
@@ -266,12 +266,12 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy), prefixes: cfg.ImagePrefixes,
 			publish: func(context.Context, []string) (int64, int64, error) { published = true; return 1, 1, nil }}
 		w := httptest.NewRecorder()
-		r := httptest.NewRequest(http.MethodPost, "http://web/event", bytes.NewReader(jsonBytes(t, map[string]any{"image": name, "tags": tags})))
+		r := httptest.NewRequest(http.MethodPost, "http://web/event", bytes.NewReader(jsonBytes(map[string]any{"image": name, "tags": tags})))
 		r.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
 		h.ServeHTTP(w, r)
 		statuses[w.Code]++
 
-		for _, stdin := range []string{token, string(jsonBytes(t, issuer.claimsWith(changes)))} {
+		for _, stdin := range []string{token, string(jsonBytes(issuer.claimsWith(changes)))} {
 			out, err := askExplain(t, stdin, vars, "--image", strings.Join(images, ","))
 			about := fmt.Sprintf("%v\nwith %v\nweb answers %d %s\nexplain says %v\n%s", changes, vars, w.Code, w.Body, err, out)
 			if (err == nil) != (w.Code == http.StatusAccepted) || (err == nil) != published || strings.Contains(out, "\nclaims ") != (w.Code == http.StatusUnauthorized) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/rsa"
 	"encoding/json"
 	"net/http"
 	"sync/atomic"
@@ -16,14 +15,9 @@ const testAudience = "https://kuberollouttrigger.example"
 // testIssuer is a fake issuer with a clock.
 type testIssuer struct {
 	*fake.Issuer
-	now                           func() time.Time // when tokens are minted
-	discoveryFetches, jwksFetches *atomic.Int64
-	down, hang                    *atomic.Bool
-	discovery, jwks               *atomic.Pointer[http.HandlerFunc]
-	signing                       struct {
-		kid string
-		*rsa.PrivateKey
-	}
+	now         func() time.Time // when tokens are minted
+	jwksFetches *atomic.Int64
+	down        *atomic.Bool
 }
 
 func newTestIssuer(t testing.TB) *testIssuer {
@@ -31,21 +25,13 @@ func newTestIssuer(t testing.TB) *testIssuer {
 	i := fake.NewIssuer()
 	t.Cleanup(i.Close)
 	i.Audience = testAudience
-	test := &testIssuer{Issuer: i, now: time.Now, discoveryFetches: &i.DiscoveryFetches, jwksFetches: &i.JWKSFetches,
-		down: &i.Down, hang: &i.Hang, discovery: &i.Discovery, jwks: &i.JWKS}
-	test.signing.kid, test.signing.PrivateKey = i.Key()
-	return test
+	return &testIssuer{i, time.Now, &i.JWKSFetches, &i.Down}
 }
 
 func (i *testIssuer) client() *http.Client  { return i.Client() }
 func (i *testIssuer) offline() *http.Client { return i.Offline() }
 
-func (i *testIssuer) rotate() {
-	i.Rotate()
-	i.signing.kid, i.signing.PrivateKey = i.Key()
-}
-
-func (i *testIssuer) claims() map[string]any { return i.Claims(i.now(), nil) }
+func (i *testIssuer) claims() map[string]any { return i.claimsWith(nil) }
 
 func (i *testIssuer) claimsWith(changes map[string]any) map[string]any {
 	return i.Claims(i.now(), changes)
@@ -53,28 +39,31 @@ func (i *testIssuer) claimsWith(changes map[string]any) map[string]any {
 
 func (i *testIssuer) token(_ testing.TB, claims map[string]any) string { return i.Token(claims) }
 
-func (i *testIssuer) sign(t testing.TB, header map[string]any, payload []byte) string {
-	return i.signRaw(t, jsonBytes(t, header), payload)
-}
+// with is a token with changed claims; nil removes one.
+func (i *testIssuer) with(changes map[string]any) string { return i.Token(i.claimsWith(changes)) }
 
-// tokenWithHeader changes a member of the header; nil removes it.
-func (i *testIssuer) tokenWithHeader(t testing.TB, name string, value any) string {
+// withHeader is a token with a changed member of the header; nil removes it.
+func (i *testIssuer) withHeader(name string, value any) string {
 	h := i.Header()
 	if h[name] = value; value == nil {
 		delete(h, name)
 	}
-	return i.sign(t, h, jsonBytes(t, i.claims()))
+	return i.sign(string(jsonBytes(h)), string(jsonBytes(i.claims())))
 }
 
-func (i *testIssuer) signRaw(_ testing.TB, header, payload []byte) string {
-	return fake.Sign(i.signing.PrivateKey, header, payload)
+func (i *testIssuer) sign(header, payload string) string {
+	_, key := i.Key()
+	return fake.Sign(key, []byte(header), []byte(payload))
 }
 
-func jsonBytes(t testing.TB, v any) []byte {
-	t.Helper()
+func jsonBytes(v any) []byte {
 	data, err := json.Marshal(v)
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
 	}
 	return data
 }
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

@@ -36,7 +36,7 @@ func inBubble(t *testing.T, issuer *testIssuer, test func(t *testing.T, v *verif
 		t.Cleanup(func() { cancel(); <-done })
 		synctest.Wait()
 		test(t, v, func() error {
-			_, err := v.verify(issuer.token(t, issuer.claims()))
+			_, err := v.verify(issuer.with(nil))
 			return err
 		}, log)
 	})
@@ -52,7 +52,7 @@ func pass(d time.Duration) {
 func forgedToken(t *testing.T, issuer *testIssuer, kid string) string {
 	h := issuer.Header()
 	h["kid"] = kid
-	return b64(jsonBytes(t, h)) + ".e30.AAAA"
+	return b64(jsonBytes(h)) + ".e30.AAAA"
 }
 
 func TestKeysAreRefreshed(t *testing.T) {
@@ -62,7 +62,7 @@ func TestKeysAreRefreshed(t *testing.T) {
 			t.Fatal(err)
 		}
 		// A bad signature under a known kid fetches nothing.
-		good := issuer.token(t, issuer.claims())
+		good := issuer.with(nil)
 		if _, err := v.verify(good[:strings.LastIndexByte(good, '.')] + ".AAAA"); err == nil || !strings.Contains(err.Error(), "signature:") {
 			t.Fatal(err)
 		}
@@ -71,7 +71,7 @@ func TestKeysAreRefreshed(t *testing.T) {
 			want  int64
 		}{{0, 1}, {9*time.Minute - 1, 1}, {2 * time.Minute, 2}} {
 			pass(step.after)
-			if n := issuer.jwksFetches.Load(); n != step.want {
+			if n := issuer.JWKSFetches.Load(); n != step.want {
 				t.Errorf("%d fetches after another %s, expected %d", n, step.after, step.want)
 			}
 		}
@@ -101,7 +101,7 @@ func TestUnknownKids(t *testing.T) {
 				}
 			}
 			synctest.Wait()
-			if got := issuer.discoveryFetches.Load(); got != want {
+			if got := issuer.DiscoveryFetches.Load(); got != want {
 				t.Errorf("%d fetches after %s, expected %d", got, to, want)
 			}
 		}
@@ -110,14 +110,14 @@ func TestUnknownKids(t *testing.T) {
 		flood(59*time.Second, 89*time.Second, 3)
 		flood(200*time.Second, 210*time.Second, 4+1) // one is left over from the first flood
 		// With the issuer down it is tried every 30 s, flood or not.
-		issuer.down.Store(true)
+		issuer.Down.Store(true)
 		flood(300*time.Second, 330*time.Second, 5+4)
 	})
 }
 
 func TestIssuerDownAtStart(t *testing.T) {
 	issuer := newTestIssuer(t)
-	issuer.down.Store(true)
+	issuer.Down.Store(true)
 	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
 		if err := accepts(); !errors.Is(err, errNoKeys) || !errors.Is(v.ready(), errNoKeys) {
 			t.Errorf("verify: %v; ready: %v", err, v.ready())
@@ -126,17 +126,17 @@ func TestIssuerDownAtStart(t *testing.T) {
 			t.Errorf("verify: %v", err)
 		}
 		pass(10 * time.Second)
-		if n := issuer.discoveryFetches.Load(); n < 4 || n > 5 { // after about 0, 1, 3, 7 s
+		if n := issuer.DiscoveryFetches.Load(); n < 4 || n > 5 { // after about 0, 1, 3, 7 s
 			t.Errorf("%d attempts in 10 s", n)
 		}
 		pass(5 * time.Minute)
-		if n := issuer.discoveryFetches.Load(); n < 10 || n > 20 {
+		if n := issuer.DiscoveryFetches.Load(); n < 10 || n > 20 {
 			t.Errorf("%d attempts in 5 minutes", n)
 		}
 		if !strings.Contains(log.String(), "status 503 Service Unavailable") {
 			t.Errorf("the log does not say why:\n%s", log)
 		}
-		issuer.down.Store(false)
+		issuer.Down.Store(false)
 		pass(33 * time.Second)
 		if err := accepts(); err != nil {
 			t.Error(err)
@@ -147,7 +147,7 @@ func TestIssuerDownAtStart(t *testing.T) {
 func TestIssuerDownLater(t *testing.T) {
 	issuer := newTestIssuer(t)
 	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
-		issuer.down.Store(true)
+		issuer.Down.Store(true)
 		time.Sleep(keyGrace)
 		if err := errors.Join(accepts(), v.ready()); err != nil {
 			t.Errorf("after a day: %v", err)
@@ -156,7 +156,7 @@ func TestIssuerDownLater(t *testing.T) {
 		if err := accepts(); !errors.Is(err, errNoKeys) || !errors.Is(v.ready(), errNoKeys) {
 			t.Errorf("after more than a day: %v; ready: %v", err, v.ready())
 		}
-		issuer.down.Store(false)
+		issuer.Down.Store(false)
 		pass(keyFetchGap)
 		if err := accepts(); err != nil {
 			t.Error(err)
@@ -168,7 +168,7 @@ func TestIssuerDownLater(t *testing.T) {
 func TestIssuerHangs(t *testing.T) {
 	issuer := newTestIssuer(t)
 	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
-		issuer.hang.Store(true)
+		issuer.Hang.Store(true)
 		time.Sleep(11 * time.Minute)
 		before := time.Now()
 		if _, err := v.verify(forgedToken(t, issuer, "forged")); err == nil {
@@ -193,25 +193,25 @@ func TestRotation(t *testing.T) {
 		// As GitHub does it: published first, used later. Nobody is denied.
 		issuer.Announce()
 		pass(11 * time.Minute)
-		_, old := v.verify(issuer.token(t, issuer.claims()))
-		issuer.rotate()
+		_, old := v.verify(issuer.with(nil))
+		issuer.Rotate()
 		if err := errors.Join(old, accepts()); err != nil {
 			t.Errorf("announced: %v", err)
 		}
 		// Used unannounced: denied until the fetch that this causes.
 		time.Sleep(keyFetchGap)
-		issuer.rotate()
+		issuer.Rotate()
 		if accepts() == nil {
 			t.Error("unannounced key accepted before it was fetched")
 		}
 		pass(keyFetchGap)
-		fresh := issuer.token(t, issuer.claims())
+		fresh := issuer.with(nil)
 		if _, err := v.verify(fresh); err != nil {
 			t.Errorf("unannounced: %v", err)
 		}
 		// No longer published: no longer accepted.
 		issuer.Announce()
-		issuer.rotate()
+		issuer.Rotate()
 		issuer.Revoke()
 		pass(11 * time.Minute)
 		if _, err := v.verify(fresh); err == nil || !strings.Contains(err.Error(), "is none of the issuer's 1 keys") {
@@ -220,27 +220,29 @@ func TestRotation(t *testing.T) {
 	})
 }
 
-// TestRefresh: what the issuer may answer, and that no bad answer replaces the
-// keys.
+// TestRefresh: what the issuer may answer, and that no bad answer replaces the keys.
 func TestRefresh(t *testing.T) {
 	issuer := newTestIssuer(t)
+	type answer struct{ discovery, jwks http.HandlerFunc }
 	body := func(s string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, s) }
 	}
-	discovery := func(issuer, jwksURI string) http.HandlerFunc {
-		return body(string(jsonBytes(t, map[string]any{"issuer": issuer, "jwks_uri": jwksURI})))
+	discovery := func(s string) answer { return answer{discovery: body(s)} }
+	names := func(issuer, jwksURI string) answer {
+		return discovery(string(jsonBytes(map[string]any{"issuer": issuer, "jwks_uri": jwksURI})))
 	}
+	jwks := func(s string) answer { return answer{jwks: body(s)} }
+	keys := func(keys ...any) answer { return jwks(string(jsonBytes(map[string]any{"keys": keys}))) }
 	redirect := func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, issuer.URL+"/.well-known/jwks?elsewhere", http.StatusFound)
 	}
-	jwks := func(keys ...any) http.HandlerFunc {
-		return body(string(jsonBytes(t, map[string]any{"keys": keys})))
-	}
 	public := &fake.RSAKey(0).PublicKey
-	key := func(changes map[string]any) any {
-		k := fake.PublicKey("other", public)
-		maps.Copy(k, changes)
-		maps.DeleteFunc(k, func(_ string, v any) bool { return v == nil })
+	good := fake.PublicKey("other", public)
+	key := func(member string, value any) map[string]any { // nil removes the member
+		k := maps.Clone(good)
+		if k[member] = value; value == nil {
+			delete(k, member)
+		}
 		return k
 	}
 	modulus := func(bits uint, low int64) string {
@@ -251,96 +253,67 @@ func TestRefresh(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	private := key("d", b64(fake.RSAKey(0).D.Bytes()))
+	private["p"], private["q"] = b64(fake.RSAKey(0).Primes[0].Bytes()), b64(fake.RSAKey(0).Primes[1].Bytes())
+	bare := key("use", nil)
+	delete(bare, "alg")
+	huge := strings.Repeat("x", maxKeyDocument)
 	keysAt := issuer.URL + "/.well-known/jwks"
 	// go-jose's own limit is a variable; ours holds without it.
 	defer func(limit int) { jose.MaxRSAModulusBits = limit }(jose.MaxRSAModulusBits)
 	jose.MaxRSAModulusBits = 16384
 
-	for _, test := range []struct {
-		name            string
-		discovery, jwks http.HandlerFunc
-		want            []string // kids
-		err             string
-	}{
-		{name: "GitHub's", want: []string{issuer.signing.kid}},
-		{name: "other issuer", discovery: discovery("https://evil.example", keysAt), err: "issuer is https://evil.example, expected "},
-		{name: "issuer with a slash", discovery: discovery(issuer.URL+"/", keysAt), err: "issuer is "},
-		{name: "no issuer", discovery: body(`{"jwks_uri":"` + keysAt + `"}`), err: "issuer is , expected "},
-		{name: "Issuer", discovery: body(`{"Issuer":"` + issuer.URL + `","jwks_uri":"` + keysAt + `"}`), err: "issuer is , expected "},
-		{name: "jwks_uri over http", discovery: discovery(issuer.URL, "http://"+strings.TrimPrefix(keysAt, "https://")), err: "expected an https URL"},
-		{name: "jwks_uri missing", discovery: discovery(issuer.URL, ""), err: "expected an https URL"},
-		{name: "jwks_uri without a host", discovery: discovery(issuer.URL, "https:///jwks"), err: "expected an https URL"},
-		{name: "jwks_uri of a file", discovery: discovery(issuer.URL, "file:///etc/passwd"), err: "expected an https URL"},
-		{name: "jwks_uri unparsable", discovery: discovery(issuer.URL, "https://%zz/"), err: "expected an https URL"},
-		{name: "discovery is HTML", discovery: body("<html>"), err: "/.well-known/openid-configuration: "},
-		{name: "discovery redirects", discovery: redirect, err: "status 302 Found"},
-		{name: "discovery is huge", discovery: body(`{"issuer":"` + strings.Repeat("x", maxKeyDocument) + `"}`), err: "unexpected EOF"},
-		{name: "JWKS redirects", jwks: redirect, err: "status 302 Found"},
-		{name: "JWKS is missing", jwks: http.NotFound, err: "status 404 Not Found"},
-		{name: "JWKS is huge", jwks: body(`{"keys":[],"x":"` + strings.Repeat("x", maxKeyDocument) + `"}`), err: "unexpected EOF"},
-		{name: "JWKS is no JSON", jwks: body("{"), err: "/.well-known/jwks: "},
-		{name: "JWKS is null", jwks: body("null"), err: "none of 0 keys is usable"},
-		{name: "JWKS without keys", jwks: body("{}"), err: "none of 0 keys is usable"},
-		{name: "JWKS with Keys", jwks: body(`{"Keys":[` + string(jsonBytes(t, key(nil))) + `]}`), err: "none of 0 keys is usable"},
-		{name: "keys is empty", jwks: jwks(), err: "none of 0 keys is usable"},
-		{name: "keys is an object", jwks: body(`{"keys":{}}`), err: "/.well-known/jwks: "},
-		{name: "garbage around a good key", jwks: jwks(
-			nil, 1, "x", []any{}, map[string]any{}, map[string]any{"kty": "XX", "kid": "xx"},
+	refresh := func(a answer) (v *verifier, before *keySet, err error) {
+		v = newTestVerifier(t, issuer)
+		before = v.keys.Load()
+		if a.discovery != nil {
+			issuer.Discovery.Store(&a.discovery)
+		}
+		if a.jwks != nil {
+			issuer.JWKS.Store(&a.jwks)
+		}
+		defer func() { issuer.Discovery.Store(nil); issuer.JWKS.Store(nil) }()
+		return v, before, v.refresh(t.Context())
+	}
+	for want, answers := range map[string][]answer{
+		"issuer is https://evil.example, expected ": {names("https://evil.example", keysAt)},
+		"issuer is " + issuer.URL + "/, expected ":  {names(issuer.URL+"/", keysAt)},
+		"issuer is , expected ": {names("", keysAt), discovery(`{"jwks_uri":"` + keysAt + `"}`),
+			discovery(`{"Issuer":"` + issuer.URL + `","jwks_uri":"` + keysAt + `"}`)},
+		"expected an https URL": {names(issuer.URL, "http://"+strings.TrimPrefix(keysAt, "https://")), names(issuer.URL, ""),
+			names(issuer.URL, "https:///jwks"), names(issuer.URL, "file:///etc/passwd"), names(issuer.URL, "https://%zz/")},
+		"/.well-known/openid-configuration: ": {discovery("<html>")},
+		"/.well-known/jwks: ":                 {jwks("{"), jwks(`{"keys":{}}`)},
+		"status 302 Found":                    {{discovery: redirect}, {jwks: redirect}},
+		"status 404 Not Found":                {{jwks: http.NotFound}},
+		"unexpected EOF":                      {discovery(`{"issuer":"` + huge + `"}`), jwks(`{"keys":[],"x":"` + huge + `"}`)},
+		"none of 0 keys is usable":            {jwks("null"), jwks("{}"), jwks(`{"Keys":[` + string(jsonBytes(good)) + `]}`), jwks(`{"keys":[]}`)},
+		"none of 1 keys is usable": {keys(key("use", "enc")), keys(key("alg", "RS384")), keys(key("alg", "PS256")), keys(key("kid", nil)), keys(private),
+			keys(fake.PublicKey("small", &small.PublicKey)), keys(key("n", modulus(2047, 1))), keys(key("n", modulus(4097, 1))), keys(key("n", modulus(2048, 0))),
+			keys(key("e", "AQ")), keys(key("e", "Aw")), keys(key("e", "AQAC")), keys(key("e", "AQAAAAE"))}, // 1, 3, even, 33 bits
+	} {
+		for i, a := range answers {
+			v, before, err := refresh(a)
+			if err == nil || !strings.Contains(err.Error(), want) || v.keys.Load() != before {
+				t.Errorf("answer %d: %v, expected %q and the keys of before", i, err, want)
+			}
+		}
+	}
+	for name, a := range map[string]answer{
+		"garbage around a good key": keys(nil, 1, "x", []any{}, map[string]any{}, map[string]any{"kty": "XX", "kid": "xx"},
 			map[string]any{"kty": "oct", "kid": "symmetric", "k": "c2VjcmV0"},
 			map[string]any{"kty": "RSA", "kid": "no modulus", "e": "AQAB"},
 			map[string]any{"kty": "EC", "kid": "ec", "crv": "P-256", "x": "x", "y": "y"},
-			map[string]any{"kty": "OKP", "kid": "ed", "crv": "Ed25519", "x": b64(make([]byte, 32))},
-			key(nil), key(map[string]any{"kid": 7})), want: []string{"other"}},
-		{name: "use and alg absent", jwks: jwks(key(map[string]any{"use": nil, "alg": nil})), want: []string{"other"}},
-		{name: "4096 bits", jwks: jwks(key(map[string]any{"n": modulus(4096, 1)})), want: []string{"other"}},
-		{name: "for encryption", jwks: jwks(key(map[string]any{"use": "enc"})), err: "none of 1 keys is usable"},
-		{name: "for RS384", jwks: jwks(key(map[string]any{"alg": "RS384"})), err: "none of 1 keys is usable"},
-		{name: "for PS256", jwks: jwks(key(map[string]any{"alg": "PS256"})), err: "none of 1 keys is usable"},
-		{name: "kid missing", jwks: jwks(key(map[string]any{"kid": nil})), err: "none of 1 keys is usable"},
-		{name: "1024 bits", jwks: jwks(fake.PublicKey("small", &small.PublicKey)), err: "none of 1 keys is usable"},
-		{name: "2047 bits", jwks: jwks(key(map[string]any{"n": modulus(2047, 1)})), err: "none of 1 keys is usable"},
-		{name: "4097 bits", jwks: jwks(key(map[string]any{"n": modulus(4097, 1)})), err: "none of 1 keys is usable"},
-		{name: "even modulus", jwks: jwks(key(map[string]any{"n": modulus(2048, 0)})), err: "none of 1 keys is usable"},
-		{name: "exponent 1", jwks: jwks(key(map[string]any{"e": "AQ"})), err: "none of 1 keys is usable"},
-		{name: "exponent 3", jwks: jwks(key(map[string]any{"e": "Aw"})), err: "none of 1 keys is usable"},
-		{name: "exponent even", jwks: jwks(key(map[string]any{"e": "AQAC"})), err: "none of 1 keys is usable"},
-		{name: "exponent of 33 bits", jwks: jwks(key(map[string]any{"e": "AQAAAAE"})), err: "none of 1 keys is usable"},
-		{name: "a private key", jwks: jwks(key(map[string]any{
-			"d": b64(fake.RSAKey(0).D.Bytes()), "p": b64(fake.RSAKey(0).Primes[0].Bytes()), "q": b64(fake.RSAKey(0).Primes[1].Bytes()),
-		})), err: "none of 1 keys is usable"},
-		{name: "a kid used twice", jwks: jwks(key(nil), key(map[string]any{"n": modulus(4096, 1)})), want: []string{"other"}},
+			map[string]any{"kty": "OKP", "kid": "ed", "crv": "Ed25519", "x": b64(make([]byte, 32))}, good, key("kid", 7)),
+		"use and alg absent": keys(bare),
+		"4096 bits":          keys(key("n", modulus(4096, 1))),
+		"a kid used twice":   keys(good, key("n", modulus(4096, 1))),
 	} {
-		t.Run(test.name, func(t *testing.T) {
-			v := newTestVerifier(t, issuer)
-			before := v.keys.Load()
-			if test.discovery != nil {
-				issuer.discovery.Store(&test.discovery)
-			}
-			if test.jwks != nil {
-				issuer.jwks.Store(&test.jwks)
-			}
-			t.Cleanup(func() { issuer.discovery.Store(nil); issuer.jwks.Store(nil) })
-			err := v.refresh(t.Context())
-			if test.err != "" {
-				if err == nil || !strings.Contains(err.Error(), test.err) {
-					t.Errorf("%v, expected %q", err, test.err)
-				}
-				if v.keys.Load() != before {
-					t.Error("the keys were replaced")
-				}
-				return
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			set := v.keys.Load()
-			if got := slices.Sorted(maps.Keys(set.byID)); !slices.Equal(got, test.want) {
-				t.Errorf("kids %q, expected %q", got, test.want)
-			}
-			if test.name == "a kid used twice" && !set.byID["other"].Equal(public) {
-				t.Error("not the first of two keys with one kid")
-			}
-		})
+		v, _, err := refresh(a)
+		set := v.keys.Load().byID
+		if err != nil || len(set) != 1 || set["other"].Equal(public) == (name == "4096 bits") {
+			t.Errorf("%s: %v, keys %v", name, err, set)
+		}
 	}
 }
 
@@ -355,7 +328,7 @@ func TestEndlessDocument(t *testing.T) {
 			written += n
 		}
 	}()
-	client := &http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) {
+	client := &http.Client{Transport: roundTripper(func(*http.Request) (*http.Response, error) {
 		return &http.Response{StatusCode: http.StatusOK, Body: pr}, nil
 	})}
 	v := newVerifier("https://issuer.example", testAudience, client, slog.New(slog.DiscardHandler), time.Now)
@@ -371,7 +344,7 @@ func TestIssuerWithPath(t *testing.T) {
 	for _, path := range []string{"/acme", "/_services/token", "/acme/", "/"} {
 		t.Run(path, func(t *testing.T) {
 			var asked []string
-			client := &http.Client{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+			client := &http.Client{Transport: roundTripper(func(req *http.Request) (*http.Response, error) {
 				asked = append(asked, req.URL.Path)
 				if req.URL.Path != "/.well-known/jwks" {
 					req.URL.Path = "/.well-known/openid-configuration"
@@ -382,7 +355,7 @@ func TestIssuerWithPath(t *testing.T) {
 			document := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 				json.NewEncoder(w).Encode(map[string]any{"issuer": url, "jwks_uri": issuer.URL + "/.well-known/jwks"})
 			})
-			issuer.discovery.Store(&document)
+			issuer.Discovery.Store(&document)
 			v := newVerifier(url, testAudience, client, slog.New(slog.DiscardHandler), issuer.now)
 			if err := v.refresh(t.Context()); err != nil {
 				t.Fatal(err)
@@ -391,16 +364,12 @@ func TestIssuerWithPath(t *testing.T) {
 			if !slices.Equal(asked, want) {
 				t.Errorf("asked for %q, expected %q", asked, want)
 			}
-			if _, err := v.verify(issuer.token(t, issuer.claimsWith(map[string]any{"iss": url}))); err != nil {
+			if _, err := v.verify(issuer.with(map[string]any{"iss": url})); err != nil {
 				t.Error(err)
 			}
-			if _, err := v.verify(issuer.token(t, issuer.claims())); err == nil {
+			if _, err := v.verify(issuer.with(nil)); err == nil {
 				t.Error("accepted another issuer's token")
 			}
 		})
 	}
 }
-
-type roundTrip func(*http.Request) (*http.Response, error)
-
-func (f roundTrip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
