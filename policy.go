@@ -153,22 +153,18 @@ func (p *policy) describe() (lines []string) {
 type trustRule struct {
 	Claims  map[string]patternList
 	Images  patternList
-	Unknown map[string]yaml.Node `yaml:",inline"`
+	Unknown map[string]any `yaml:",inline"`
 }
 
-// patternList is one string or a list of them, with its line for errors.
-type patternList struct {
-	patterns []pattern
-	line     int
-}
+// patternList is one string or a list of them.
+type patternList []pattern
 
 func (l *patternList) UnmarshalYAML(n *yaml.Node) error {
-	l.line = n.Line
 	if n.Kind == yaml.ScalarNode {
-		l.patterns = []pattern{pattern(n.Value)}
+		*l = patternList{pattern(n.Value)}
 		return nil
 	}
-	return n.Decode(&l.patterns)
+	return n.Decode((*[]pattern)(l))
 }
 
 const expectedRules = `expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`
@@ -197,11 +193,11 @@ func parseRules(text string) (rules []rule, err error) {
 		return nil, yamlError(err)
 	}
 	for i, w := range written {
-		r, err := w.compile(list.Content[i].Line)
+		name := fmt.Sprintf("rule %d", i+1)
+		r, err := w.compile(name)
 		if err != nil {
-			return nil, fmt.Errorf("rule %d, %w", i+1, err)
+			return nil, fmt.Errorf("%s: %w", name, err)
 		}
-		r.name = fmt.Sprintf("rule %d", i+1)
 		rules = append(rules, r)
 	}
 	return rules, nil
@@ -231,31 +227,26 @@ func checkNode(n *yaml.Node) error {
 	return nil
 }
 
-// compile checks a rule that begins at line.
-func (w *trustRule) compile(line int) (rule, error) {
-	for name, value := range w.Unknown {
-		return rule{}, fmt.Errorf("line %d: field %s not found; expected claims and images", value.Line, sanitize(name))
+func (w *trustRule) compile(name string) (rule, error) {
+	for field := range w.Unknown {
+		return rule{}, fmt.Errorf("field %s not found; expected claims and images", sanitize(field))
 	}
-	if len(w.Claims) == 0 || len(w.Images.patterns) == 0 {
-		return rule{}, fmt.Errorf("line %d: no claims or no images; %s", line, expectedRules)
+	if len(w.Claims) == 0 || len(w.Images) == 0 {
+		return rule{}, fmt.Errorf("no claims or no images; %s", expectedRules)
 	}
-	r := rule{images: w.Images.patterns}
+	r := rule{name: name, images: w.Images}
 	// Every rule that names no event gets the default ones, whatever other rules
 	// name: a rule for preview images must not open the one for production.
 	if _, named := w.Claims["event_name"]; !named {
 		r.conditions = append(r.conditions, defaultCondition)
 	}
 	for _, claim := range slices.Sorted(maps.Keys(w.Claims)) {
-		values := w.Claims[claim]
-		if err := checkClaim(claim, values.patterns); err != nil {
-			return r, fmt.Errorf("line %d: claim %s: %w", values.line, sanitize(claim), err)
+		if err := checkClaim(claim, w.Claims[claim]); err != nil {
+			return rule{}, fmt.Errorf("claim %s: %w", sanitize(claim), err)
 		}
-		r.conditions = append(r.conditions, condition{claim: claim, values: values.patterns})
+		r.conditions = append(r.conditions, condition{claim: claim, values: w.Claims[claim]})
 	}
-	if err := checkImagePatterns(r.images); err != nil {
-		return r, fmt.Errorf("line %d: images: %w", w.Images.line, err)
-	}
-	return r, nil
+	return r, checkImagePatterns(r.images)
 }
 
 // placeholders are the claims that image patterns can have, with examples.
@@ -320,7 +311,7 @@ func checkClaim(name string, values []pattern) error {
 func checkImagePatterns(patterns []pattern) error {
 	for i, example := range expand(patterns, placeholders) {
 		if !imageRE.MatchString(string(example)) || familiarRE.MatchString(string(example)) {
-			return fmt.Errorf("%s can match no image; expected registry/name:tag in lower case, such as docker.io/library/nginx:* or "+
+			return fmt.Errorf("images: %s can match no image; expected registry/name:tag in lower case, such as docker.io/library/nginx:* or "+
 				"ghcr.io/{repository}:v*; the placeholders are {repository}, {repository_owner} and {repository_id}", sanitize(string(patterns[i])))
 		}
 	}
