@@ -41,8 +41,7 @@ const explainPolicy = `
 func TestExplain(t *testing.T) {
 	issuer := newTestIssuer(t)
 	now := time.Now().Unix()
-	token := func(changes map[string]any) string { return issuer.token(t, issuer.claimsWith(changes)) }
-	good := token(nil)
+	token, good := issuer.with, issuer.with(nil)
 	const job = `{"repository": "Acme/API", "repository_owner": "Acme", "repository_owner_id": "9919", "repository_id": "812345678", "event_name": "push", "ref": "refs/heads/main"}`
 	policy := map[string]string{"TRUST_POLICY": explainPolicy}
 	for _, tt := range []struct {
@@ -121,10 +120,17 @@ func noToken(t *testing.T, token, text string) {
 // token is not repeated wherever it is put by mistake.
 func TestExplainUsage(t *testing.T) {
 	issuer := newTestIssuer(t)
-	token := issuer.token(t, issuer.claims())
-	const image = "--image=ghcr.io/acme/api:dev"
-	const neither = "standard input has neither a token nor a JSON object of claims: "
+	token := issuer.with(nil)
+	const image = "--image=" + apiDev
 	parts := strings.Split(token, ".")
+	check := func(stdin string, vars map[string]string, args []string, want string) {
+		t.Helper()
+		out, err := askExplain(t, stdin, vars, args...)
+		if usage := (usageError{}); !errors.As(err, &usage) || !isError(err, want) || out != "" {
+			t.Fatalf("%.60q: %v, want %s\n%s", stdin, err, want, out)
+		}
+		noToken(t, token, err.Error())
+	}
 	for _, tt := range []struct {
 		stdin string
 		vars  map[string]string
@@ -142,30 +148,17 @@ func TestExplainUsage(t *testing.T) {
 		{token, nil, []string{image, "--claim=ref"}, "expected name=value"},
 		{token, nil, []string{image, "--verify"}, "flag provided but not defined: -verify"},
 		{`{"count":1,"value":"` + token + `"}`, nil, []string{image}, "standard input has a token in the member value"},
-
-		{"", nil, []string{image}, neither},
-		{"claims.json", nil, []string{image}, neither},
-		{"Bearer " + token, nil, []string{image}, neither},
-		{token + "\n" + token, nil, []string{image}, neither},
-		{token[:len(token)/3], nil, []string{image}, neither},
-		{parts[0] + "." + parts[1], nil, []string{image}, neither},
-		{parts[0] + "." + b64([]byte(`["`+parts[1]+`"]`)) + "." + parts[2], nil, []string{image}, neither},
-		{`{"value":"` + token + `"`, nil, []string{image}, neither},
-		{`{"ref":"a","ref":"b"}`, nil, []string{image}, neither},
-		{`{"ref":"` + strings.Repeat("a", maxExplainBytes) + `"}`, nil, []string{image}, neither},
-
-		{"", nil, []string{image, token}, "an argument holds a token; give it on standard input"},
-		{"", nil, []string{"--image", token}, "an argument holds a token"},
-		{"", nil, []string{image, "--claim", "token=" + token}, "an argument holds a token"},
-		{"", nil, []string{image, "Authorization: Bearer " + token}, "an argument holds a token"},
-		{"", nil, []string{"-h", token}, "an argument holds a token"},
 	} {
-		out, err := askExplain(t, tt.stdin, tt.vars, tt.args...)
-		if usage := (usageError{}); !errors.As(err, &usage) || !strings.Contains(err.Error(), tt.want) || out != "" {
-			t.Errorf("%.60q: %v, want %s\n%s", tt.stdin, err, tt.want, out)
-			continue
-		}
-		noToken(t, token, err.Error())
+		check(tt.stdin, tt.vars, tt.args, tt.want)
+	}
+	for _, stdin := range []string{"", "claims.json", "Bearer " + token, token + "\n" + token, token[:len(token)/3], parts[0] + "." + parts[1],
+		parts[0] + "." + b64([]byte(`["`+parts[1]+`"]`)) + "." + parts[2], `{"value":"` + token + `"`, `{"ref":"a","ref":"b"}`,
+		`{"ref":"` + strings.Repeat("a", maxExplainBytes) + `"}`} {
+		check(stdin, nil, []string{image}, "standard input has neither a token nor a JSON object of claims: ")
+	}
+	for _, args := range [][]string{{image, token}, {"--image", token}, {image, "--claim", "token=" + token},
+		{image, "Authorization: Bearer " + token}, {"-h", token}} {
+		check("", nil, args, "an argument holds a token; give it on standard input")
 	}
 }
 
@@ -238,7 +231,7 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 	}
 	statuses := map[int]int{}
 	for range 500 {
-		vars := map[string]string{"GITHUB_OIDC_ISSUER": issuer.URL, "GITHUB_OIDC_AUDIENCE": testAudience, "TRUST_POLICY": trusts[rnd.IntN(len(trusts))],
+		vars := map[string]string{"GITHUB_ALLOWED_ORG": "acme", "GITHUB_OIDC_ISSUER": issuer.URL, "GITHUB_OIDC_AUDIENCE": testAudience, "TRUST_POLICY": trusts[rnd.IntN(len(trusts))],
 			"GITHUB_ALLOWED_ORG_ID": pick("", "9919", "1,9919", "1").(string), "ALLOWED_IMAGE_PREFIX": pick("ghcr.io/acme", "ghcr.io/acme/api,docker.io", "ghcr.io").(string)}
 		changes := map[string]any{
 			"repository": pick("acme/api", "Acme/API", "acme/web", "evil/api", "acme/*"), "repository_owner": pick("acme", "Acme", "evil", "\u212acme"),
@@ -257,7 +250,6 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 		}
 		token := issuer.token(t, issuer.claimsWith(changes))
 
-		vars = mergeMaps(explainEnv, vars)
 		cfg := &explainConfig{}
 		if err := parseConfig("explain", cfg, nil, env(vars)); err != nil {
 			t.Fatal(err)
@@ -289,12 +281,6 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 			t.Errorf("the pool is one-sided: %v", statuses)
 		}
 	}
-}
-
-func mergeMaps(a, b map[string]string) map[string]string {
-	merged := maps.Clone(a)
-	maps.Copy(merged, b)
-	return merged
 }
 
 // The program itself: exit codes, streams, and nothing but text for people.
