@@ -60,13 +60,11 @@ func TestPolicyOwners(t *testing.T) {
 	}{
 		{names, "acme", "-", ""}, {names, "AcMe", "1", ""}, {names, "other", "1", ""}, {ids, "acme", "9919", ""}, {ids, "ACME", "1", ""},
 		{names, "evil", "9919", "repository_owner is evil, none of GITHUB_ALLOWED_ORG"},
-		{names, "acme-evil", "9919", "repository_owner is acme-evil"},
-		{names, "acm", "9919", "repository_owner is acm"},
+		{names, "acme-evil", "9919", "repository_owner is acme-evil"}, {names, "acm", "9919", "repository_owner is acm"},
 		{names, "acme ", "9919", "repository_owner is acme "},
 		{names, "\u212aelvin", "9919", `repository_owner is \u212aelvin`}, // a K
 		{names, "sy\u017f", "9919", `repository_owner is sy\u017f`},       // an s
-		{names, "-", "9919", "repository_owner is absent"},
-		{names, "", "9919", "repository_owner is empty"},
+		{names, "-", "9919", "repository_owner is absent"}, {names, "", "9919", "repository_owner is empty"},
 		{ids, "evil", "9919", "repository_owner is evil"},
 		{ids, "acme", "123", "repository_owner_id is 123, none of GITHUB_ALLOWED_ORG_ID"}, // the name was registered again
 		{ids, "acme", "09919", "repository_owner_id is 09919"},
@@ -131,13 +129,10 @@ func TestTrustPolicy(t *testing.T) {
 	}{
 		{designPolicy, nil, []string{apiDev}, ""},
 		{designPolicy, claims{"ref": "refs/heads/x"}, []string{apiDev}, "rule 1: ref is refs/heads/x; rule 2: environment is absent"},
-		{designPolicy, nil, []string{apiV1}, denied + apiV1},
-		{designPolicy, nil, []string{webDev}, denied + webDev},
-		{designPolicy, nil, []string{"ghcr.io/acme/api-evil:dev"}, denied},
-		{designPolicy, nil, []string{"ghcr.io/acme/api:dev2"}, denied},
+		{designPolicy, nil, []string{apiV1}, denied + apiV1}, {designPolicy, nil, []string{webDev}, denied + webDev},
+		{designPolicy, nil, []string{"ghcr.io/acme/api-evil:dev"}, denied}, {designPolicy, nil, []string{"ghcr.io/acme/api:dev2"}, denied},
 		{designPolicy, nil, []string{"evil.io/ghcr.io/acme/api:dev"}, denied},
-		{designPolicy, nil, []string{apiDev, webDev}, denied + webDev},
-		{designPolicy, nil, []string{webDev, apiDev}, denied + webDev},
+		{designPolicy, nil, []string{apiDev, webDev}, denied + webDev}, {designPolicy, nil, []string{webDev, apiDev}, denied + webDev},
 		{designPolicy, production, []string{apiV1, "ghcr.io/acme/api:v1.2.3"}, ""},
 		{designPolicy, production, []string{apiDev}, denied},
 		// One rule must allow all the images.
@@ -237,56 +232,39 @@ func TestPolicyRefuses(t *testing.T) {
 		}
 	}
 	refuse("no rules; expected a list, such as [{claims:", text, " \n", "# none yet", "null", "[]", "deny", "rules:\n- claims: {ref: refs/heads/main}")
-	refuse("line 1: !disabled", text, "!disabled\n"+good)
 	refuse("yaml: line 2", text, "- claims: {environment: dev}\n  images: [", "- claims:\n\tref: x")
 	refuse("unknown anchor", text, "- claims: *x")
 	refuse("anchor 'r' value contains itself", text, "- &r {claims: {environment: dev}, images: ['*'], x: *r}")
 	refuse("expected one YAML document", text, designPolicy+"---\n"+designPolicy, "[{claims: {environment: dev}, images: ['*']}] [x]")
-	refuse("line 1: !!int 1", text, "- claims: {environment: &e [dev, 1]}\n  images: ['*']\n- claims: {environment: *e}\n  images: ['*']")
+	refuse("line 1: !", text, "!disabled\n"+good, "- claims: {environment: &e [dev, 1]}\n  images: ['*']\n- claims: {environment: *e}\n  images: ['*']")
 	refuse("rule 2: claim ref: dev can match no token", text, "- claims: {environment: &e dev}\n  images: ['*']\n- claims: {ref: *e}\n  images: ['*']")
 
-	refuse("line 3: cannot unmarshal !!str `x` into main.trustRule", rule, "- x")
-	refuse("line 3: cannot unmarshal !!seq into main.trustRule", rule, "- []")
+	refuse("line 3: cannot unmarshal !!", rule, "- x", "- []", "- claims: [environment]\n  images: ['*']", "- claims: environment\n  images: ['*']")
 	refuse("line 3: !!null", rule, "-", "- claims:\n  images: ['*']", "- claims: !!null {environment: dev}\n  images: ['*']")
-	refuse("line 4: !!null", rule, "- claims: {environment: dev}\n  images:")
 	refuse("rule 2: no claims or no images", rule, "- {}", "- images: ['*']", "- claims: {}\n  images: ['*']", "- claims: {environment: dev}",
 		"- claims: {environment: dev}\n  images: []")
-	refuse("rule 2: field claim not found", rule, "- claim: {environment: dev}\n  images: ['*']")
-	refuse("rule 2: field Images not found", rule, "- claims: {environment: dev}\n  Images: ['*']")
-	refuse("rule 2: field deny not found", rule, good+"  deny: 'x'")
-	refuse("line 5: !!bool true", rule, good+"  deny: true")
-	refuse("line 5: !!int 1", rule, good+"  1: x")
+	refuse(" not found; expected claims and images", rule, "- claim: {environment: dev}\n  images: ['*']", "- claims: {environment: dev}\n  Images: ['*']", good+"  deny: 'x'")
+	refuse("line 5: !!", rule, good+"  deny: true", good+"  1: x")
 	refuse(`line 5: mapping key "claims" already defined at line 3`, rule, good+"  claims: {environment: x}")
-	refuse("line 3: cannot unmarshal !!seq into map", rule, "- claims: [environment]\n  images: ['*']")
-	refuse("line 3: cannot unmarshal !!str `environ...` into map", rule, "- claims: environment\n  images: ['*']")
 	refuse("line 4: cannot unmarshal !!map", rule, "- claims: {environment: dev}\n  images: {a: b}")
-	refuse("line 3: !deny", rule, "- !deny {claims: {environment: dev}, images: ['*']}")
-	refuse("line 3: !not", rule, "- claims: !not {environment: dev}\n  images: ['*']")
-	refuse("line 4: !none", rule, "- claims: {environment: dev}\n  images: !none ['*']")
-	refuse("line 4: !!str", rule, "- claims: {environment: dev}\n  images: !!str ['*']")
+	refuse("line 3: !", rule, "- !deny {claims: {environment: dev}, images: ['*']}", "- claims: !not {environment: dev}\n  images: ['*']")
+	refuse("line 4: !", rule, "- claims: {environment: dev}\n  images:", "- claims: {environment: dev}\n  images: !none ['*']",
+		"- claims: {environment: dev}\n  images: !!str ['*']")
 
 	refuse(`line 3: mapping key "ref" already defined`, claim, "ref: refs/heads/a, ref: refs/heads/b")
 	refuse("rule 2: claim environment: an empty list", claim, "environment: []")
 	refuse("line 3: !!null", claim, "environment: ", "environment:", "environment: [dev, ~]", "event_name: , ref: refs/heads/main", "~: push, environment: dev")
-	refuse("line 3: cannot unmarshal !!map", claim, "environment: {a: b}")
-	refuse("line 3: cannot unmarshal !!seq", claim, "environment: [[a]]", "[a]: push")
+	refuse("line 3: cannot unmarshal !!", claim, "environment: {a: b}", "environment: [[a]]", "[a]: push")
 	refuse("line 3: !!int 812345678 is not a plain list, map or string; put numbers, true and false in quotes", claim, "repository_id: 812345678")
-	refuse("line 3: !!int", claim, "repository_id: ['1', 2]", "1: push")
-	refuse("line 3: !!float 1.0", claim, "environment: 1.0")
-	refuse("line 3: !!bool true", claim, "environment: true", "true: push")
-	refuse("line 3: !!timestamp", claim, "environment: [2026-11-21]")
-	refuse("line 3: !x dev", claim, "environment: !x dev")
-	refuse("line 3: !except", claim, "environment: !except [dev]")
-	refuse("line 3: !!binary", claim, "environment: !!binary ZGV2")
-	refuse("line 3: !!merge", claim, "<<: {environment: dev}")
+	refuse("line 3: !", claim, "repository_id: ['1', 2]", "1: push", "environment: 1.0", "environment: true", "true: push", "environment: [2026-11-21]",
+		"environment: !x dev", "environment: !except [dev]", "environment: !!binary ZGV2", "<<: {environment: dev}")
 	refuse(`line 3: \u00800 has a control character`, claim, `environment: "\x800"`)
 	refuse("has a control character", claim, `environment: "dev\n"`, `"a\x00": b`)
 	refuse("is not a claim name", claim, "'': x", "'*': x", "'ref ': x")
 	refuse("rule 2: claim Ref: is not a claim name; expected ref", claim, "Ref: refs/heads/main")
 	refuse("is not a claim name; expected event_name", claim, "event-name: push")
 	refuse("cannot be matched", claim, "iss: x", "aud: x", "exp: '*'", "iat: '*'", "nbf: '*'")
-	refuse("claim environment: x-{repository} has a placeholder", claim, "environment: 'x-{repository}'")
-	refuse("claim environment: {env} has a placeholder", claim, "environment: '{env}'")
+	refuse("} has a placeholder", claim, "environment: 'x-{repository}'", "environment: '{env}'")
 	refuse("rule 2: claim event_name: Release can match no token", claim, "event_name: [push, Release]")
 
 	refuse("rule 2: no claims or no images", image, "")
@@ -375,14 +353,9 @@ func TestClaimForms(t *testing.T) {
 		"environment":           {[]string{"", "Production", "a b", "\u00e9"}, nil},
 		"repo_property_team":    {[]string{"x"}, nil},
 	} {
-		for _, value := range values.possible {
-			if err := checkClaim(claim, []pattern{pattern(value)}); err != nil {
+		for i, value := range slices.Concat(values.possible, values.impossible) {
+			if err := checkClaim(claim, []pattern{pattern(value)}); (err == nil) != (i < len(values.possible)) {
 				t.Errorf("%s: %q: %v", claim, value, err)
-			}
-		}
-		for _, value := range values.impossible {
-			if err := checkClaim(claim, []pattern{pattern(value)}); err == nil {
-				t.Errorf("%s: %q is accepted", claim, value)
 			}
 		}
 	}
@@ -415,8 +388,7 @@ func TestImagePatterns(t *testing.T) {
 
 // TestMatchIsLinear has the input that takes a backtracking matcher for ever.
 func TestMatchIsLinear(t *testing.T) {
-	p := pattern(strings.Repeat("a*", 2000) + "b")
-	if p.matches(strings.Repeat("a", 100_000)) {
+	if pattern(strings.Repeat("a*", 2000) + "b").matches(strings.Repeat("a", 100_000)) {
 		t.Error("matched")
 	}
 }
