@@ -102,11 +102,11 @@ func readMembers(stdin io.Reader) (map[string]any, error) {
 func printDecision(cfg *explainConfig, members map[string]any, images []string, w io.Writer, getenv func(string) string) error {
 	line := func(name, text string) { fmt.Fprintf(w, "%-13s %s\n", name, text) }
 	verdict := func(name string, denial error) {
+		text := paint(w, getenv, green, "yes")
 		if denial != nil {
-			line(name, paint(w, getenv, red, "no")+": "+denial.Error())
-		} else {
-			line(name, paint(w, getenv, green, "yes"))
+			text = paint(w, getenv, red, "no") + ": " + denial.Error()
 		}
+		line(name, text)
 	}
 	p := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
 	c, claimsDenial := checkMembers(cfg, members)
@@ -148,11 +148,7 @@ func checkMembers(cfg *explainConfig, members map[string]any) (claims, error) {
 // explain says what of the rule does not match.
 func (r *rule) explain(c claims, images []string) error {
 	if unmet := r.unmetCondition(c); unmet != nil {
-		kind := ""
-		if unmet.isDefault {
-			kind = "a default event, "
-		}
-		return fmt.Errorf("%s is %s, expected %s%s", unmet.claim, c.show(unmet.claim), kind, joinPatterns(unmet.values))
+		return fmt.Errorf("%s is %s, expected %s", unmet.claim, c.show(unmet.claim), joinPatterns(unmet.values))
 	}
 	if n := r.countAllowed(c, images); n < len(images) {
 		return fmt.Errorf("the claims match, but %s is none of %s", images[n], joinPatterns(expand(r.images, c)))

@@ -68,7 +68,7 @@ func TestExplain(t *testing.T) {
 		{"claims as flags, not a default event", "not read", policy,
 			"--image=ghcr.io/acme/api:v1 --claim=repository=acme/api --claim repository_owner=acme --claim=event_name=pull_request --claim=environment=production", false, []string{
 				"rule 1        no: event_name is pull_request, expected push|workflow_dispatch",
-				"rule 2        no: event_name is pull_request, expected a default event, push|workflow_dispatch|repository_dispatch|release|schedule|registry_package|deployment",
+				"rule 2        no: event_name is pull_request, expected push|workflow_dispatch|repository_dispatch|release|schedule|registry_package|deployment",
 				"answer        denied: no rule matches the claims: rule 1: event_name is pull_request; rule 2: event_name is pull_request"}},
 		{"another owner", strings.ReplaceAll(job, "Acme", "acme-evil"), nil, "--image=ghcr.io/acme/api:dev", false, []string{
 			"owner         no: repository_owner is acme-evil, none of GITHUB_ALLOWED_ORG", "default rule  yes", "answer        denied: repository_owner is acme-evil, none of GITHUB_ALLOWED_ORG"}},

@@ -17,7 +17,7 @@ import (
 // code of somebody with write access. Others may run the code of a pull request,
 // with a token that looks like main's in every other claim.
 // https://docs.github.com/en/actions/reference/workflows-and-actions/events-that-trigger-workflows
-var defaultCondition = condition{claim: "event_name", isDefault: true, values: []pattern{
+var defaultCondition = condition{"event_name", []pattern{
 	"push", "workflow_dispatch", "repository_dispatch", "release", "schedule", "registry_package", "deployment",
 }}
 
@@ -38,9 +38,8 @@ type rule struct {
 
 // condition is met by a claim that matches one of the values.
 type condition struct {
-	claim     string
-	values    []pattern
-	isDefault bool // the rule does not name the claim itself
+	claim  string
+	values []pattern
 }
 
 // newPolicy takes GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and the rules of
@@ -193,10 +192,9 @@ func parseRules(text string) (rules []rule, err error) {
 		return nil, yamlError(err)
 	}
 	for i, w := range written {
-		name := fmt.Sprintf("rule %d", i+1)
-		r, err := w.compile(name)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+		r := rule{name: fmt.Sprintf("rule %d", i+1)}
+		if err := w.compile(&r); err != nil {
+			return nil, fmt.Errorf("%s: %w", r.name, err)
 		}
 		rules = append(rules, r)
 	}
@@ -227,14 +225,13 @@ func checkNode(n *yaml.Node) error {
 	return nil
 }
 
-func (w *trustRule) compile(name string) (rule, error) {
+func (w *trustRule) compile(r *rule) error {
 	for field := range w.Unknown {
-		return rule{}, fmt.Errorf("field %s not found; expected claims and images", sanitize(field))
+		return fmt.Errorf("field %s not found; expected claims and images", sanitize(field))
 	}
 	if len(w.Claims) == 0 || len(w.Images) == 0 {
-		return rule{}, fmt.Errorf("no claims or no images; %s", expectedRules)
+		return fmt.Errorf("no claims or no images; %s", expectedRules)
 	}
-	r := rule{name: name, images: w.Images}
 	// Every rule that names no event gets the default ones, whatever other rules
 	// name: a rule for preview images must not open the one for production.
 	if _, named := w.Claims["event_name"]; !named {
@@ -242,11 +239,12 @@ func (w *trustRule) compile(name string) (rule, error) {
 	}
 	for _, claim := range slices.Sorted(maps.Keys(w.Claims)) {
 		if err := checkClaim(claim, w.Claims[claim]); err != nil {
-			return rule{}, fmt.Errorf("claim %s: %w", sanitize(claim), err)
+			return fmt.Errorf("claim %s: %w", sanitize(claim), err)
 		}
-		r.conditions = append(r.conditions, condition{claim: claim, values: w.Claims[claim]})
+		r.conditions = append(r.conditions, condition{claim, w.Claims[claim]})
 	}
-	return r, checkImagePatterns(r.images)
+	r.images = w.Images
+	return checkImagePatterns(r.images)
 }
 
 // placeholders are the claims that image patterns can have, with examples.
