@@ -22,9 +22,11 @@ import (
 	"kuberollouttrigger/internal/fake"
 )
 
-// inBubble runs the verifier in a synctest bubble, whose clock begins in 2000.
+// inBubble runs the verifier in a synctest bubble, with an issuer that is down or not.
 // accepts says whether it accepts a token that is made now.
-func inBubble(t *testing.T, issuer *testIssuer, test func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer)) {
+func inBubble(t *testing.T, down bool, test func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, log *bytes.Buffer)) {
+	issuer := newTestIssuer(t)
+	issuer.Down.Store(down)
 	synctest.Test(t, func(t *testing.T) {
 		issuer.now = time.Now
 		log := new(bytes.Buffer)
@@ -34,7 +36,7 @@ func inBubble(t *testing.T, issuer *testIssuer, test func(t *testing.T, v *verif
 		go func() { v.run(ctx); close(done) }()
 		t.Cleanup(func() { cancel(); <-done })
 		synctest.Wait()
-		test(t, v, func() error {
+		test(t, issuer, v, func() error {
 			_, err := v.verify(issuer.with(nil))
 			return err
 		}, log)
@@ -55,8 +57,7 @@ func forgedToken(t *testing.T, issuer *testIssuer, kid string) string {
 }
 
 func TestKeysAreRefreshed(t *testing.T) {
-	issuer := newTestIssuer(t)
-	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
+	inBubble(t, false, func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, log *bytes.Buffer) {
 		if err := v.ready(); err != nil {
 			t.Fatal(err)
 		}
@@ -80,8 +81,7 @@ func TestKeysAreRefreshed(t *testing.T) {
 // TestUnknownKids: a flood of forged kids makes one fetch each 30 s, and valid
 // tokens pass throughout.
 func TestUnknownKids(t *testing.T) {
-	issuer := newTestIssuer(t)
-	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
+	inBubble(t, false, func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, _ *bytes.Buffer) {
 		start := time.Now()
 		flood := func(from, to time.Duration, want int64) {
 			t.Helper()
@@ -112,9 +112,7 @@ func TestUnknownKids(t *testing.T) {
 }
 
 func TestIssuerDownAtStart(t *testing.T) {
-	issuer := newTestIssuer(t)
-	issuer.Down.Store(true)
-	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
+	inBubble(t, true, func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, log *bytes.Buffer) {
 		if err := accepts(); !errors.Is(err, errNoKeys) || !errors.Is(v.ready(), errNoKeys) {
 			t.Errorf("verify: %v; ready: %v", err, v.ready())
 		}
@@ -141,8 +139,7 @@ func TestIssuerDownAtStart(t *testing.T) {
 }
 
 func TestIssuerDownLater(t *testing.T) {
-	issuer := newTestIssuer(t)
-	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
+	inBubble(t, false, func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, _ *bytes.Buffer) {
 		issuer.Down.Store(true)
 		time.Sleep(keyGrace)
 		if err := errors.Join(accepts(), v.ready()); err != nil {
@@ -162,8 +159,7 @@ func TestIssuerDownLater(t *testing.T) {
 
 // TestIssuerHangs: a fetch that gets no answer ends, and nobody waits for it.
 func TestIssuerHangs(t *testing.T) {
-	issuer := newTestIssuer(t)
-	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, log *bytes.Buffer) {
+	inBubble(t, false, func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, log *bytes.Buffer) {
 		issuer.Hang.Store(true)
 		time.Sleep(11 * time.Minute)
 		before := time.Now()
@@ -184,8 +180,7 @@ func TestIssuerHangs(t *testing.T) {
 }
 
 func TestRotation(t *testing.T) {
-	issuer := newTestIssuer(t)
-	inBubble(t, issuer, func(t *testing.T, v *verifier, accepts func() error, _ *bytes.Buffer) {
+	inBubble(t, false, func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, _ *bytes.Buffer) {
 		// As GitHub does it: published first, used later. Nobody is denied.
 		issuer.Announce()
 		pass(11 * time.Minute)

@@ -137,6 +137,7 @@ func TestTrustPolicy(t *testing.T) {
 		{designPolicy, production, []string{apiDev}, denied},
 		// One rule must allow all the images.
 		{designPolicy, claims{"environment": "production"}, []string{apiDev, apiV1}, denied + apiV1 + ", or not together with " + apiDev},
+		{oneRule("ref", "*", "*:dev") + oneRule("ref", "refs/*", "*:dev"), nil, []string{apiDev, apiV1}, denied + apiV1},
 		{designPolicy, claims{"environment": "Production", "ref": "x"}, []string{apiDev}, noMatch},
 		// pull_request_target looks like main in every other claim.
 		{designPolicy, claims{"event_name": "pull_request_target"}, []string{apiDev}, "rule 1: event_name is pull_request_target; rule 2: event_name is pull_request_target"},
