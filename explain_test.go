@@ -116,8 +116,7 @@ func noToken(t *testing.T, token, text string) {
 	}
 }
 
-// TestExplainUsage: what is not a question is neither allowed nor denied, and a
-// token is not repeated wherever it is put by mistake.
+// TestExplainUsage: a wrong question is neither allowed nor denied, and repeats no token.
 func TestExplainUsage(t *testing.T) {
 	issuer := newTestIssuer(t)
 	token := issuer.with(nil)

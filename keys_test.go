@@ -78,8 +78,7 @@ func TestKeysAreRefreshed(t *testing.T) {
 	})
 }
 
-// TestUnknownKids: a flood of forged kids makes one fetch each 30 s, and valid
-// tokens pass throughout.
+// TestUnknownKids: a flood of forged kids makes one fetch each 30 s, and valid tokens pass.
 func TestUnknownKids(t *testing.T) {
 	inBubble(t, false, func(t *testing.T, issuer *testIssuer, v *verifier, accepts func() error, _ *bytes.Buffer) {
 		start := time.Now()

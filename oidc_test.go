@@ -47,8 +47,7 @@ func unb64(t *testing.T, s string) []byte {
 	return data
 }
 
-// TestVerifyRefuses: each token differs from a good one in one thing, and each
-// reason belongs to the check that is meant to find it.
+// TestVerifyRefuses: each reason belongs to the check that is meant to find what is wrong.
 func TestVerifyRefuses(t *testing.T) {
 	issuer := newTestIssuer(t)
 	start := time.Now().Truncate(time.Second)
@@ -223,10 +222,8 @@ func TestVerifyAccepts(t *testing.T) {
 	}{
 		{"GitHub's", with(nil), map[string]string{"iss": issuer.URL, "sub": "repo:acme/api:ref:refs/heads/main", "event_name": "push", "repository_id": "812345678", "base_ref": "", "aud": "-", "exp": "-", "nbf": "-", "iat": "-"}},
 		{"almost 8 KiB", long, nil},
-		{"no typ", issuer.withHeader("typ", nil), nil},
-		{"typ jwt", issuer.withHeader("typ", "jwt"), nil},
-		{"no x5t", issuer.withHeader("x5t", nil), nil},
-		{"x5t#S256", issuer.withHeader("x5t#S256", "x"), nil},
+		{"no typ", issuer.withHeader("typ", nil), nil}, {"typ jwt", issuer.withHeader("typ", "jwt"), nil},
+		{"no x5t", issuer.withHeader("x5t", nil), nil}, {"x5t#S256", issuer.withHeader("x5t#S256", "x"), nil},
 		{"unknown members", issuer.sign(`{"alg":"RS256","Alg":"none","iss":"x","x5t":1,"new":{"a":[1]},"kid":"`+kid+`"}`, payload), nil},
 		{"trailing bits of the signature", flipLastBit(good), nil}, // the same signature, written in another way
 		{"trailing bits of the header", flipLastBit(goodHeader) + strings.TrimPrefix(good, goodHeader), nil},
@@ -246,8 +243,7 @@ func TestVerifyAccepts(t *testing.T) {
 		{"exp 15 minutes after iat", with(map[string]any{"exp": now + 900}), nil},
 		{"expired within the leeway", with(map[string]any{"exp": now - 50, "iat": now - 350}), nil},
 		{"nbf and iat within the leeway", with(map[string]any{"exp": now + 350, "nbf": now + 50, "iat": now + 50}), nil},
-		{"nbf long ago", with(map[string]any{"nbf": 1}), nil},
-		{"nbf is exp", with(map[string]any{"exp": now + 30, "nbf": now + 30}), nil},
+		{"nbf long ago", with(map[string]any{"nbf": 1}), nil}, {"nbf is exp", with(map[string]any{"exp": now + 30, "nbf": now + 30}), nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c, err := v.verify(test.token)
