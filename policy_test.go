@@ -140,7 +140,8 @@ func TestTrustPolicy(t *testing.T) {
 		{oneRule("ref", "*", "*:dev") + oneRule("ref", "refs/*", "*:dev"), nil, []string{apiDev, apiV1}, denied + apiV1},
 		{designPolicy, claims{"environment": "Production", "ref": "x"}, []string{apiDev}, noMatch},
 		// pull_request_target looks like main in every other claim.
-		{designPolicy, claims{"event_name": "pull_request_target"}, []string{apiDev}, "rule 1: event_name is pull_request_target; rule 2: event_name is pull_request_target"},
+		{designPolicy, claims{"event_name": "pull_request_target"}, []string{apiDev},
+			"rule 1: event_name is pull_request_target; rule 2: event_name is pull_request_target"},
 		{designPolicy, claims{"event_name": "-"}, []string{apiDev}, "rule 1: event_name is absent"},
 		// The default events hold for each rule that names none.
 		{oneRule("ref", "refs/heads/main", "*"), claims{"event_name": "schedule"}, []string{apiDev}, ""},
@@ -244,7 +245,8 @@ func TestPolicyRefuses(t *testing.T) {
 	refuse("line 3: !!null", rule, "-", "- claims:\n  images: ['*']", "- claims: !!null {environment: dev}\n  images: ['*']")
 	refuse("rule 2: no claims or no images", rule, "- {}", "- images: ['*']", "- claims: {}\n  images: ['*']", "- claims: {environment: dev}",
 		"- claims: {environment: dev}\n  images: []")
-	refuse(" not found; expected claims and images", rule, "- claim: {environment: dev}\n  images: ['*']", "- claims: {environment: dev}\n  Images: ['*']", good+"  deny: 'x'")
+	refuse(" not found; expected claims and images", rule, "- claim: {environment: dev}\n  images: ['*']", "- claims: {environment: dev}\n  Images: ['*']",
+		good+"  deny: 'x'")
 	refuse("line 5: !!", rule, good+"  deny: true", good+"  1: x")
 	refuse(`line 5: mapping key "claims" already defined at line 3`, rule, good+"  claims: {environment: x}")
 	refuse("line 4: cannot unmarshal !!map", rule, "- claims: {environment: dev}\n  images: {a: b}")
