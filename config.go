@@ -133,7 +133,7 @@ func (c *workerConfig) options() []option {
 		{env: "KUBECONFIG", required: !c.InCluster, unset: "in-cluster", usage: "path of a kubeconfig", set: text(&c.Kubeconfig)},
 		{env: "WORKER_NAMESPACES", unset: "all", usage: "comma-separated namespaces to watch", set: into(&c.Namespaces, listOf(namespaceRE))},
 		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the Deployments to watch", set: text(&c.Selector, isSelector)},
-		{env: "WORKER_CATCH_UP", def: "1h", usage: "how far back missed requests are made up for; 0 for PubSub only, at most 24h",
+		{env: "WORKER_CATCH_UP", def: "1h", usage: "maximum age of a missed request; 0 for PubSub only, at most 24h",
 			expected: "0 or a duration from 1m to 24h, such as 1h", set: into(&c.CatchUp, time.ParseDuration, isCatchUp)},
 		{env: "WORKER_RESTART_INTERVAL", def: "10s", usage: "shortest time between two restarts of a Deployment; 0 for none",
 			set: into(&c.RestartInterval, c.parseRestartInterval)},

@@ -249,7 +249,7 @@ func kubernetesConfig(files string) (*rest.Config, error) {
 	rules := &clientcmd.ClientConfigLoadingRules{Precedence: filepath.SplitList(files)}
 	merged, err := rules.Load()
 	if err == nil && len(merged.Clusters) == 0 {
-		err = errors.New("expected a kubeconfig with a cluster")
+		err = errors.New("expected a file with a cluster")
 	}
 	if err != nil {
 		return nil, err

@@ -75,7 +75,7 @@ func TestCommandLine(t *testing.T) {
 		{args: "worker --help", vars: secret, stdout: "--worker-namespaces"},
 		{args: "web", vars: secret, code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), GITHUB_OIDC_AUDIENCE (--github-oidc-audience), GITHUB_ALLOWED_ORG (--github-allowed-org)"},
 		{args: "worker", code: 2, stderr: "missing required configuration: VALKEY_ADDR (--valkey-addr), ALLOWED_IMAGE_PREFIX (--allowed-image-prefix), KUBECONFIG (--kubeconfig)"},
-		{args: workerArgs + "--kubeconfig=/none", code: 2, stderr: `KUBECONFIG (--kubeconfig): "/none": expected a kubeconfig with a cluster`},
+		{args: workerArgs + "--kubeconfig=/none", code: 2, stderr: `KUBECONFIG (--kubeconfig): "/none": expected a file with a cluster`},
 		{args: workerArgs + "--kubeconfig=go.mod", code: 2, stderr: `KUBECONFIG (--kubeconfig): "go.mod": `},
 		{args: webArgs + "acme " + noPort, vars: secret, code: 1, stderr: "listening for web"},
 		{args: webArgs + "acme --trust-policy=x", code: 2, stderr: "TRUST_POLICY (--trust-policy): line 1: no rules"},

@@ -400,3 +400,26 @@ func rereadObject(t *testing.T, data []byte) map[string]any {
 	}
 	return members
 }
+
+// BenchmarkVerify is what one token costs; a forged one must cost less.
+func BenchmarkVerify(b *testing.B) {
+	issuer := newTestIssuer(b)
+	v := newTestVerifier(b, issuer)
+	forged := issuer.Header()
+	forged["kid"] = "forged"
+	for _, test := range []struct {
+		name, token string
+		valid       bool
+	}{
+		{"valid", issuer.token(b, issuer.claims()), true},
+		{"unknown kid", issuer.sign(string(jsonBytes(forged)), string(jsonBytes(issuer.claims()))), false},
+	} {
+		b.Run(test.name, func(b *testing.B) {
+			for b.Loop() {
+				if _, err := v.verify(test.token); (err == nil) != test.valid {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
