@@ -121,7 +121,7 @@ func (c *policyConfig) policyOptions(audienceRequired bool) []option {
 			set: text(&c.Audience)},
 		{env: "GITHUB_OIDC_ISSUER", def: "https://token.actions.githubusercontent.com", usage: "issuer of the tokens",
 			expected: "an https URL without query, such as https://token.actions.githubusercontent.com", set: text(&c.Issuer, isIssuer)},
-		{env: "GITHUB_ALLOWED_ORG", required: true, usage: "comma-separated owners whose repositories may ask", set: into(&c.Orgs, listOf(ownerRE))},
+		{env: "GITHUB_ALLOWED_ORG", required: true, usage: "comma-separated owners whose repositories are allowed", set: into(&c.Orgs, listOf(ownerRE))},
 		{env: "GITHUB_ALLOWED_ORG_ID", usage: "comma-separated numeric ids that repository_owner_id must be one of", set: into(&c.OrgIDs, listOf(digitsRE))},
 		{env: "TRUST_POLICY", multiline: true, usage: "YAML rules that say which jobs may restart which images", set: into(&c.TrustPolicy, parseRules)},
 	}
