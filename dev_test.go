@@ -63,7 +63,7 @@ func TestDevOnAClusterOfOnesOwn(t *testing.T) {
 	m, cfg := testValkey(t)
 	flags := []string{"--valkey-addr", cfg.Addr, "--kubeconfig", kube.Kubeconfig(t.TempDir())}
 
-	out, logs, err := runDevOnce(t, vars, flags...)
+	out, _, err := runDevOnce(t, vars, flags...)
 	if err == nil || err.Error() != "nothing was restarted" || len(kube.Patches("")) > 0 ||
 		!strings.Contains(out, "The worker restarted nothing") || !strings.Contains(out, "Deployments that run it: 0") {
 		t.Errorf("no Deployment runs the image: %v\n%s", err, out)
@@ -75,7 +75,7 @@ func TestDevOnAClusterOfOnesOwn(t *testing.T) {
 	if _, err := m.ZScore("krt:requested", apiDev); err != nil {
 		t.Errorf("nothing is in the ledger: %v", err)
 	}
-	out, logs, err = runDevOnce(t, vars, append(flags, "--image", "ghcr.io/acme/web:main", "--repository", "acme/web")...)
+	out, logs, err := runDevOnce(t, vars, append(flags, "--image", "ghcr.io/acme/web:main", "--repository", "acme/web")...)
 	if err != nil || logs != "" || kube.RestartedAt("a/web") == "" || kube.RestartedAt("c/web") == "" ||
 		!strings.Contains(out, "from acme/web (push") || !strings.Contains(out, "c/web restarted: imagePullPolicy") {
 		t.Errorf("%v\n%s%s", err, out, logs)
