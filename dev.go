@@ -436,6 +436,9 @@ func (r devRecord) narrate() (color int, text string) {
 			text += ": " + detail
 		}
 	}
+	if strings.Contains(r.Reason, "WORKER_RESTART_INTERVAL") {
+		text += "; the restart follows"
+	}
 	switch r.Msg {
 	case "restarted":
 		return green, text + ", restartedAt is now " + r.RequestedAt
