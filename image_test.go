@@ -2,10 +2,13 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/distribution/reference"
 )
 
 const digest = "sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
@@ -173,6 +176,16 @@ func TestParseContainerImage(t *testing.T) {
 		ref, pinned, ok := parseContainerImage(image)
 		if ref != want.ref || pinned != want.pinned || ok != (want.ref != "") {
 			t.Errorf("%q: got %q, %v, %v; want %+v", image, ref, pinned, ok, want)
+		}
+	}
+}
+
+// What is too long is refused before the library reads it, which would say that the
+// form is invalid.
+func TestReferenceLength(t *testing.T) {
+	for length, want := range map[int]error{maxMessageBytes: reference.ErrReferenceInvalidFormat, maxMessageBytes + 1: reference.ErrNameTooLong} {
+		if _, err := parseReference(strings.Repeat("!", length)); !errors.Is(err, want) {
+			t.Errorf("%d bytes: %v, want %v", length, err, want)
 		}
 	}
 }
