@@ -1,0 +1,125 @@
+package main
+
+import (
+	"fmt"
+	"sync"
+	"time"
+)
+
+// request is the newest request for an image.
+type request struct {
+	at   int64     // T
+	made time.Time // when, as far as the worker knows, on its own clock
+	// announced: its message arrived, when it was made. Otherwise it was caught up.
+	announced bool
+}
+
+// latest is when the request was made by the later of T and the worker's clock, for
+// comparisons with what other clocks have written.
+func (r request) latest() time.Time {
+	if at := time.UnixMicro(r.at); at.After(r.made) {
+		return at
+	}
+	return r.made
+}
+
+// moment is the time of a decision.
+type moment struct {
+	now    time.Time // the worker's monotonic clock
+	clock  time.Time // the earlier of Valkey's clock and the worker's own
+	newest int64     // the newest T known
+}
+
+// requests is what the worker remembers of the ledger and of messages.
+type requests struct {
+	now func() time.Time
+
+	mu      sync.Mutex
+	byImage map[string]request
+	newest  int64
+	valkey  time.Time // Valkey's clock when it was read last
+	readAt  time.Time // the worker's clock then; zero: not yet
+}
+
+func newRequests(now func() time.Time) *requests {
+	return &requests{now: now, byImage: map[string]request{}}
+}
+
+// clock is Valkey's clock, or the worker's own until that is known.
+func (q *requests) clock() time.Time {
+	if q.readAt.IsZero() {
+		return q.now().Round(0) // the wall clock
+	}
+	return q.valkey.Add(q.now().Sub(q.readAt))
+}
+
+// earlierClock makes no request look too old, and no restart too new, because one
+// of the two clocks is ahead.
+func (q *requests) earlierClock() time.Time {
+	valkey, own := q.clock(), q.now().Round(0)
+	if own.Before(valkey) {
+		return own
+	}
+	return valkey
+}
+
+// tooFarAhead reports whether Valkey's clock was wrong when it gave T. Remembered,
+// it would satisfy every request for more than a day.
+func (q *requests) tooFarAhead(at int64) bool {
+	return at > q.clock().Add(ledgerAge).UnixMicro()
+}
+
+// setClock takes Valkey's clock, returns the earlier of it and the worker's own,
+// and forgets the requests that are older than age, or too far ahead.
+func (q *requests) setClock(valkey time.Time, age time.Duration) time.Time {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.valkey, q.readAt, q.newest = valkey, q.now(), 0
+	for image, r := range q.byImage {
+		if q.now().Sub(r.made) > age || q.tooFarAhead(r.at) {
+			delete(q.byImage, image)
+		} else {
+			q.newest = max(q.newest, r.at)
+		}
+	}
+	return q.earlierClock()
+}
+
+// add remembers a request if it is the newest for its image, or if its message
+// arrives after it was caught up.
+func (q *requests) add(image string, r request) (added bool, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	previous, known := q.byImage[image]
+	switch {
+	case q.tooFarAhead(r.at):
+		return false, fmt.Errorf("requestedAt %d of image %s is more than %s ahead", r.at, image, ledgerAge)
+	case r.at < previous.at || r.at == previous.at && (!r.announced || previous.announced):
+		return false, nil
+	case !known && len(q.byImage) >= 2*maxLedger: // web keeps to maxLedger
+		return false, fmt.Errorf("image %s exceeds the %d that are remembered", image, 2*maxLedger)
+	}
+	q.byImage[image] = r
+	q.newest = max(q.newest, r.at)
+	return true, nil
+}
+
+func (q *requests) get(image string) (r request, known bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	r, known = q.byImage[image]
+	return r, known
+}
+
+// next returns the T of a message that has none.
+func (q *requests) next() int64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return max(q.clock().UnixMicro(), q.newest+1)
+}
+
+func (q *requests) moment() moment {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return moment{q.now(), q.earlierClock(), q.newest}
+}
