@@ -31,22 +31,42 @@ const (
 	// Further connections wait in the kernel. It is well above maxPublishing, so
 	// that callers get a 503 at once while Valkey is silent.
 	maxConnections = 1024
+
+	// maxHeaderLines bounds what net/http allocates for a header, which for tiny
+	// lines is far more than their bytes. A job sends fewer than 20 lines.
+	maxHeaderLines = 100
+
+	// Idle clients may have every place of a port. A probe must get its turn within
+	// probeTimeout nevertheless.
+	headerTimeout    = 2 * time.Second
+	opsHeaderTimeout = 500 * time.Millisecond
+
+	// lingerTimeout is how long a client may send a body that is not read. If it
+	// were 0, the client might see its connection reset and miss the answer.
+	lingerTimeout = 100 * time.Millisecond
 )
 
 // newServer sets the limits that an open port needs. The write timeout covers a
 // handler's whole work.
-func newServer(h http.Handler, log *slog.Logger) *http.Server {
-	return &http.Server{
-		Handler:           h,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
+func newServer(h http.Handler, headerTimeout time.Duration, log *slog.Logger) *http.Server {
+	s := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			h.ServeHTTP(w, r)
+			// Otherwise net/http waits until ReadTimeout for a body that was not read.
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(lingerTimeout))
+		}),
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       5 * time.Second,
 		WriteTimeout:      15 * time.Second,
-		IdleTimeout:       15 * time.Second,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // clients' mistakes
 		// net/http would answer OPTIONS * without asking the handler.
 		DisableGeneralOptionsHandler: true,
 	}
+	// One request per connection, so that kept connections cannot exhaust the
+	// limit, and no proxy reuses a connection that is about to be closed.
+	s.SetKeepAlivesEnabled(false)
+	return s
 }
 
 // service is a running web or worker.
@@ -65,16 +85,13 @@ type service struct {
 // run serves until ctx is done or a part fails. It then fails readiness, drains
 // the API, stops the task, and closes the probes last.
 func (s *service) run(ctx context.Context) error {
-	ops, api := newServer(s.probes(), s.log), newServer(s.api, s.log)
+	ops, api := newServer(s.probes(), opsHeaderTimeout, s.log), newServer(s.api, headerTimeout, s.log)
 	failed := make(chan error, 3) // one from each part
 	if err := s.start("ops", s.opsAddr, ops, failed); err != nil {
 		return err
 	}
 	defer ops.Close()
 	if s.api != nil {
-		// One request per connection, so that idle clients cannot exhaust the
-		// limit, and no proxy reuses a connection that is about to be closed.
-		api.SetKeepAlivesEnabled(false)
 		if err := s.start("web", s.apiAddr, api, failed); err != nil {
 			return err
 		}
@@ -105,7 +122,7 @@ func (s *service) start(name, addr string, server *http.Server, failed chan<- er
 		return fmt.Errorf("listening for %s: %w", name, err)
 	}
 	s.log.Info("listening", "server", name, "addr", ln.Addr().String())
-	ln = netutil.LimitListener(ln, maxConnections)
+	ln = headerListener{netutil.LimitListener(ln, maxConnections)}
 	go func() { failed <- fmt.Errorf("serving %s: %w", name, server.Serve(ln)) }()
 	return nil
 }
@@ -137,4 +154,43 @@ func (s *service) probes() http.Handler {
 		}
 	})
 	return mux
+}
+
+// headerListener bounds the header lines of each connection.
+type headerListener struct{ net.Listener }
+
+func (l headerListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	return &headerConn{Conn: conn}, err
+}
+
+// headerConn is a connection for one request.
+type headerConn struct {
+	net.Conn
+	lines    int  // of the header so far
+	empty    bool // nothing but CR since the last LF
+	complete bool // the header
+}
+
+// Read counts as net/http does: LF ends a line, and an empty line the header. Its
+// error is answered with 400.
+func (c *headerConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	for _, char := range b[:n] {
+		if c.complete {
+			break
+		}
+		switch char {
+		case '\r':
+		case '\n':
+			c.lines++
+			c.complete, c.empty = c.empty, true
+		default:
+			c.empty = false
+		}
+	}
+	if c.lines > maxHeaderLines {
+		return 0, fmt.Errorf("more than %d header lines", maxHeaderLines)
+	}
+	return n, err
 }

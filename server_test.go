@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
@@ -297,6 +298,85 @@ func TestConnectionsAreBounded(t *testing.T) {
 	})
 }
 
+// A header of many lines is refused before it is parsed; what follows the header is
+// not counted.
+func TestHeaderLines(t *testing.T) {
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		fmt.Fprint(w, len(r.Header), len(body), err)
+	})
+	head := func(lines int) string { // with the request line and an empty one
+		text := "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n"
+		for i := range lines - 4 {
+			text += fmt.Sprintf("x%d:\n", i)
+		}
+		return text
+	}
+	body := strings.Repeat("\n", 400)
+	withService(t, h, alwaysReady, func(t *testing.T, s *testService) {
+		for request, status := range map[string]int{
+			head(maxHeaderLines) + "\r\n" + body:                                             200,
+			head(maxHeaderLines) + "\n" + body:                                               200,
+			head(maxHeaderLines+1) + "\r\n" + body:                                           400,
+			head(maxHeaderLines + 2):                                                         400, // held back
+			"POST / HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("a:\r\n", 1000):                400,
+			"\r\n\r\n" + head(maxHeaderLines+1) + "\r\n":                                     400,
+			"POST / HTTP/1.1\r\nHost: x\r\n\r\r\n" + strings.Repeat("a:\r\n", 1000) + "\r\n": 400,
+		} {
+			resp, text, err := s.public.do(request)
+			if err != nil || resp.StatusCode != status || status == 200 && text != fmt.Sprint(maxHeaderLines-4+1, 400, nil) {
+				t.Errorf("%.60q: %v %q %v, want %d", request, resp, text, err, status)
+			}
+		}
+	})
+}
+
+// A body that never comes keeps no place once the request is answered.
+func TestUnreadBody(t *testing.T) {
+	withService(t, http.NotFoundHandler(), alwaysReady, func(t *testing.T, s *testService) {
+		for _, l := range []*pipeListener{s.public, s.ops} {
+			for _, framing := range []string{"Content-Length: 100", "Content-Length: 1000000000", "Transfer-Encoding: chunked", "Content-Length: 100\r\nExpect: 100-continue"} {
+				conn, err := l.dial()
+				if err != nil {
+					t.Fatal(err)
+				}
+				start := time.Now()
+				fmt.Fprintf(conn, "POST /nothing HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", framing)
+				answer, err := io.ReadAll(conn)
+				if took := time.Since(start); took > 500*time.Millisecond || !strings.HasPrefix(string(answer), "HTTP/1.1 404") {
+					t.Errorf("%s: let go after %s, %v: %q", framing, took, err, answer)
+				}
+			}
+		}
+	})
+}
+
+// Idle clients, who come back at once, leave a probe time to be answered.
+func TestIdleClientsAndProbes(t *testing.T) {
+	withService(t, http.NotFoundHandler(), alwaysReady, func(t *testing.T, s *testService) {
+		var idle sync.WaitGroup
+		end := time.Now().Add(3 * time.Second)
+		for range maxConnections + 76 {
+			idle.Go(func() {
+				for time.Now().Before(end) {
+					if conn, err := s.ops.dial(); err == nil {
+						io.ReadAll(conn)
+						conn.Close()
+					}
+				}
+			})
+		}
+		for range 10 {
+			time.Sleep(100 * time.Millisecond)
+			start := time.Now()
+			if status, body := s.ops.get("/healthz"); status != 200 || time.Since(start) > probeTimeout {
+				t.Errorf("%d %q after %s", status, body, time.Since(start))
+			}
+		}
+		idle.Wait()
+	})
+}
+
 // A client that is slow on purpose is cut off, with a valid token as well.
 func TestSlowClients(t *testing.T) {
 	issuer := newTestIssuer(t)
@@ -305,9 +385,9 @@ func TestSlowClients(t *testing.T) {
 		token      bool
 		limit      time.Duration
 	}{
-		{"says nothing", "", false, 5 * time.Second},
-		{"half a header", "POST /event HTTP/1.1\r\nHost: x\r\n", false, 5 * time.Second},
-		{"half a body", "POST /event HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n", true, 10 * time.Second},
+		{"says nothing", "", false, headerTimeout},
+		{"half a header", "POST /event HTTP/1.1\r\nHost: x\r\n", false, headerTimeout},
+		{"half a body", "POST /event HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n", true, 5 * time.Second},
 	} {
 		log := slog.New(slog.DiscardHandler)
 		h := &web{log: log, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"},

@@ -58,7 +58,7 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 	p := mustPolicy(t, []string{"acme"}, nil, trust)
 	h := &web{log: log, verifier: v, policy: p, prefixes: imagePrefixes{"ghcr.io/acme"}, publish: pub.publish}
 	s := httptest.NewUnstartedServer(nil)
-	s.Config = newServer(h, log)
+	s.Config = newServer(h, headerTimeout, log)
 	s.Start()
 	t.Cleanup(s.Close)
 	w := &testWeb{t: t, url: s.URL, handler: h, issuer: issuer, valkey: m, heard: make(chan string, 100), logs: logs}
