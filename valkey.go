@@ -37,6 +37,11 @@ const (
 	// maxPublishing bounds the scripts in flight, well below the 1,024 slots of
 	// valkey-go's ring: a command that waits for a slot ignores its context.
 	maxPublishing = 256
+
+	// maxElement bounds an element of what Valkey sends to the worker, and the
+	// elements of a list. A message or an entry is shorter than maxMessageBytes, and
+	// a list has ledgerPage entries.
+	maxElement = 16 << 10
 )
 
 // publishScript writes the images ARGV[2..] to the ledger KEYS[1] and publishes
@@ -270,6 +275,7 @@ func (h *health) get() error {
 func newValkeyClient(cfg valkeyConfig, log *slog.Logger) (valkey.Client, error) {
 	o := valkey.ClientOption{
 		InitAddress:         []string{cfg.Addr},
+		DialCtxFn:           dialValkey,
 		Username:            cfg.Username,
 		Password:            cfg.Password,
 		Dialer:              net.Dialer{Timeout: 2 * time.Second, KeepAlive: time.Second},
@@ -322,4 +328,55 @@ func sleep(ctx context.Context, d time.Duration) {
 	case <-ctx.Done():
 	case <-time.After(d):
 	}
+}
+
+// dialValkey returns a connection whose elements are bounded.
+func dialValkey(ctx context.Context, addr string, dialer *net.Dialer, config *tls.Config) (net.Conn, error) {
+	dial := dialer.DialContext
+	if config != nil {
+		dial = (&tls.Dialer{NetDialer: dialer, Config: config}).DialContext
+	}
+	conn, err := dial(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	return &boundedConn{Conn: conn}, nil
+}
+
+// boundedConn fails before valkey-go makes room for an element that is too large.
+// Whoever can write to Valkey could exhaust the worker's memory otherwise.
+type boundedConn struct {
+	net.Conn
+	line []byte // the beginning of the present line
+	blob int    // bytes that are left of the present blob
+}
+
+// Read follows the framing of RESP: the line of a blob or a list is its type and
+// its length. https://valkey.io/topics/protocol/
+func (c *boundedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	for _, char := range b[:n] {
+		switch {
+		case c.blob > 0:
+			c.blob--
+		case char != '\n':
+			if len(c.line) < 16 {
+				c.line = append(c.line, char)
+			}
+		default:
+			line := strings.TrimSpace(string(c.line))
+			c.line = c.line[:0]
+			if line == "" || !strings.Contains("$!=*~>%|", line[:1]) {
+				continue
+			}
+			size, err := strconv.Atoi(line[1:])
+			if err != nil || size > maxElement {
+				return 0, fmt.Errorf("an element of size %s, expected at most %d", sanitize(line[1:]), maxElement)
+			}
+			if size >= 0 && strings.Contains("$!=", line[:1]) {
+				c.blob = size + len("\r\n")
+			}
+		}
+	}
+	return n, err
 }

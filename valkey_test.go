@@ -3,7 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -231,5 +233,47 @@ func TestPublishIsBounded(t *testing.T) {
 	<-pub.publishing
 	if _, _, err := pub.publish(t.Context(), []string{apiDev}); err != nil {
 		t.Errorf("with a slot free: %v", err)
+	}
+}
+
+// What is larger than any entry or message ends the connection before there is room
+// for it, however it is split into packets.
+func TestBoundedElements(t *testing.T) {
+	blob := func(size int) string { return fmt.Sprintf("$%d\r\n%s\r\n", size, strings.Repeat("*", size)) }
+	for _, tt := range []struct {
+		text string
+		ok   bool
+	}{
+		{"+OK\r\n" + blob(maxElement) + blob(0) + "$-1\r\n*2\r\n" + blob(3) + "%1\r\n:1\r\n_\r\n", true},
+		{blob(maxElement) + blob(maxElement+1), false},
+		{"$1\r\n\n\r\n$20000\r\n", false},
+		{"-$20000\r\n", true},
+		{"!20000\r\n", false},
+		{"=20000\r\n", false},
+		{"*20000\r\n", false},
+		{"~20000\r\n", false},
+		{">20000\r\n", false},
+		{"%20000\r\n", false},
+		{"|20000\r\n", false},
+		{"$?\r\n", false}, // a stream, which Valkey never sends
+	} {
+		for _, packet := range []int{1, 7, 4096} {
+			ours, theirs := net.Pipe()
+			go func() {
+				for text := tt.text; text != ""; {
+					n, err := io.WriteString(theirs, text[:min(packet, len(text))])
+					if err != nil {
+						return
+					}
+					text = text[n:]
+				}
+				theirs.Close()
+			}()
+			got, err := io.ReadAll(&boundedConn{Conn: ours})
+			if (err == nil) != tt.ok || tt.ok && string(got) != tt.text {
+				t.Errorf("%.40q in packets of %d: %d bytes, %v", tt.text, packet, len(got), err)
+			}
+			ours.Close()
+		}
 	}
 }
