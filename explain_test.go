@@ -241,7 +241,7 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 		}
 		published := false
 		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy), prefixes: cfg.ImagePrefixes,
-			publish: func(context.Context, []string) (int64, int64, error) { published = true; return 1, 1, nil }}
+			publish: func(context.Context, []string) (publication, error) { published = true; return publication{}, nil }}
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest(http.MethodPost, "http://web/event", bytes.NewReader(jsonBytes(map[string]any{"image": name, "tags": tags})))
 		r.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}

@@ -178,11 +178,11 @@ func (w *testWorker) start() {
 // publish requests images as web does and returns restartedAt.
 func (w *testWorker) publish(images ...string) string {
 	w.t.Helper()
-	at, _, err := w.pub.publish(w.t.Context(), images)
+	p, err := w.pub.publish(w.t.Context(), images)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return formatTime(at)
+	return formatTime(p.requestedAt)
 }
 
 // request publishes and waits until this worker has the request.

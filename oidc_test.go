@@ -191,7 +191,7 @@ func TestVerifyRefuses(t *testing.T) {
 				r.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
 				answer := httptest.NewRecorder()
 				w.handler.ServeHTTP(answer, r)
-				w.expect(reason, answer.Result(), http.StatusUnauthorized, "access denied\n")
+				w.expect(reason, answer.Result(), http.StatusUnauthorized, accessDenied)
 			})
 		}
 	}

@@ -391,9 +391,9 @@ func TestSlowClients(t *testing.T) {
 	} {
 		log := slog.New(slog.DiscardHandler)
 		h := &web{log: log, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"},
-			publish: func(context.Context, []string) (int64, int64, error) {
+			publish: func(context.Context, []string) (publication, error) {
 				t.Error("something was published")
-				return 0, 0, nil
+				return publication{}, nil
 			}}
 		withService(t, h, alwaysReady, func(t *testing.T, s *testService) {
 			h.verifier = newVerifier(issuer.URL, testAudience, issuer.offline(), log, time.Now)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -31,11 +32,13 @@ const (
 	maxLedger  = 20_000
 	ledgerPage = 100 // entries that the worker reads at once
 
-	publishTimeout   = 2500 * time.Millisecond // then a job is told to try again
-	valkeyRetryDelay = 250 * time.Millisecond  // of the worker
+	// publishTimeout outlasts a restart of Valkey. Clients that never retry give up
+	// after 10 s.
+	publishTimeout   = 8 * time.Second
+	valkeyRetryDelay = 250 * time.Millisecond
 
-	// maxPublishing bounds the scripts in flight, well below the 1,024 slots of
-	// valkey-go's ring: a command that waits for a slot ignores its context.
+	// maxPublishing bounds the requests that wait for Valkey, well below the 1,024
+	// slots of valkey-go's ring: a command that waits for a slot ignores its context.
 	maxPublishing = 256
 
 	// maxElement bounds an element of what Valkey sends to the worker, and the
@@ -64,7 +67,8 @@ local t = now
 if newest[2] and tonumber(newest[2]) >= t then t = tonumber(newest[2]) + 1 end
 local added = 0
 for i = 2, #ARGV do
-  if not redis.call('ZSCORE', KEYS[1], ARGV[i]) then added = added + 1 end
+  local score = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if not score or tonumber(score) < now - day then added = added + 1 end
 end
 if added > 0 and redis.call('ZCARD', KEYS[1]) + added > bound then
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. micros(now - day))
@@ -83,7 +87,7 @@ local subscribers = 0
 for i = 2, #ARGV do
   subscribers = redis.call('PUBLISH', ARGV[1], '{"image":"' .. ARGV[i] .. '","requestedAt":' .. at .. '}')
 end
-return {at, subscribers}
+return {at, subscribers, added}
 `, ledgerAge.Microseconds(), maxLedger))
 
 var errBusy = errors.New("too many requests in flight to valkey")
@@ -93,7 +97,14 @@ type publisher struct {
 	client     valkey.Client
 	channel    string
 	timeout    time.Duration
-	publishing chan struct{} // a slot for each script in flight
+	publishing chan struct{} // a slot for each request
+}
+
+// publication is what publishScript returns.
+type publication struct {
+	requestedAt int64 // T
+	subscribers int64 // that received the message of the last image
+	added       int   // images that nobody had requested within a day
 }
 
 // newPublisher works without a reachable Valkey: the client connects when it is
@@ -106,27 +117,31 @@ func newPublisher(cfg valkeyConfig, log *slog.Logger) (*publisher, error) {
 	return &publisher{client, cfg.Channel, publishTimeout, make(chan struct{}, maxPublishing)}, nil
 }
 
-// publish runs publishScript. It returns T in microseconds and the number of
-// subscribers that received the message. After an error the images may be in the
-// ledger nevertheless, if only the answer was lost.
-func (p *publisher) publish(ctx context.Context, images []string) (requestedAt, subscribers int64, err error) {
+// publish runs publishScript, again and again if Valkey is restarting. It returns
+// the last error. After one the images may be in the ledger nevertheless, if only
+// the answer was lost.
+func (p *publisher) publish(ctx context.Context, images []string) (publication, error) {
 	select {
 	case p.publishing <- struct{}{}:
 		defer func() { <-p.publishing }()
 	default:
-		return 0, 0, errBusy
+		return publication{}, errBusy
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	args := append([]string{p.channel}, images...)
-	reply, err := publishScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, args).AsIntSlice()
-	if err == nil && len(reply) != 2 {
-		err = fmt.Errorf("%d values instead of 2", len(reply))
+	for last := error(nil); ; sleep(ctx, valkeyRetryDelay) {
+		reply, err := publishScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, args).AsIntSlice()
+		if err == nil && len(reply) == 3 {
+			return publication{reply[0], reply[1], int(reply[2])}, nil
+		}
+		if ctx.Err() == nil || last == nil {
+			last = cmp.Or(err, errors.New("not 3 values"))
+		}
+		if ctx.Err() != nil || valkeyHint(last) != "" {
+			return publication{}, valkeyError("writing the ledger", last)
+		}
 	}
-	if err != nil {
-		return 0, 0, valkeyError("writing the ledger", err)
-	}
-	return reply[0], reply[1], nil
 }
 
 // readyScript fails unless publishScript would work: the user may run all its
@@ -305,21 +320,29 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger) (valkey.Client, error) 
 }
 
 // valkeyError says what was being done and, where only an operator can help, what
-// to fix. Other errors pass by themselves: Valkey restarts, loads, fails over.
+// to fix.
 func valkeyError(doing string, err error) error {
 	if err == nil {
 		return nil
 	}
-	hint, text := "", err.Error()
+	return fmt.Errorf("valkey: %s: %w%s", doing, err, valkeyHint(err))
+}
+
+// valkeyHint is empty for an error that passes by itself: Valkey restarts, loads,
+// fails over.
+func valkeyHint(err error) string {
+	text := err.Error()
 	switch code, _, _ := strings.Cut(text, " "); {
 	case code == "NOAUTH" || code == "WRONGPASS":
-		hint = "; check VALKEY_USERNAME and VALKEY_PASSWORD"
+		return "; check VALKEY_USERNAME and VALKEY_PASSWORD"
 	case code == "NOPERM" || strings.Contains(text, "ACL failure in script"):
-		hint = "; check this user's ACL in Valkey; k8s/20-valkey.yaml has what it needs"
+		return "; check this user's ACL in Valkey; k8s/20-valkey.yaml has what it needs"
 	case code == "WRONGTYPE":
-		hint = "; another program uses the key; choose another VALKEY_CHANNEL"
+		return "; another program uses the key; choose another VALKEY_CHANNEL"
+	case code == "FULL":
+		return "; wait until a day has passed, or delete the key if it was filled by mistake"
 	}
-	return fmt.Errorf("valkey: %s: %w%s", doing, err, hint)
+	return ""
 }
 
 // sleep waits for d or until ctx is done.

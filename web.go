@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -12,11 +13,23 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
-// retryAfter is in seconds. Valkey and GitHub are usually back by then.
-const retryAfter = "2"
+const (
+	// retryAfter is in seconds. Valkey and GitHub are usually back by then.
+	retryAfter = "2"
+
+	// maxNewImages is how many images a repository may add to the ledger in a day,
+	// so that none can fill it.
+	maxNewImages = maxLedger / 10
+
+	// maxDenialLines is for the callers without a valid token, in each denialInterval.
+	maxDenialLines = 50
+	denialInterval = 10 * time.Second
+)
 
 // web is the public HTTP API.
 type web struct {
@@ -25,7 +38,9 @@ type web struct {
 	policy   *policy
 	prefixes imagePrefixes
 	// publish writes the images to the ledger and publishes them, all or none.
-	publish func(ctx context.Context, images []string) (requestedAt, subscribers int64, err error)
+	publish func(ctx context.Context, images []string) (publication, error)
+	quota   quota
+	denials logLimit
 }
 
 // accepted is the body of a 202.
@@ -33,6 +48,7 @@ type accepted struct {
 	Images      []string `json:"images"`
 	RequestedAt string   `json:"requestedAt"` // RFC 3339, UTC, microseconds
 	Subscribers int64    `json:"subscribers"` // workers that received it at once
+	RequestID   string   `json:"requestId"`   // as in the log
 }
 
 // denial is an answer other than 202. The caller sees answer; reason is for the
@@ -42,6 +58,9 @@ type denial struct {
 	answer string // empty: nothing but the status
 	reason error
 }
+
+// loggedClaims are the claims that a log line about a verified job has.
+var loggedClaims = []string{"repository", "event_name", "ref", "sha", "actor", "environment", "job_workflow_ref", "run_id", "run_attempt", "check_run_id"}
 
 func (d *denial) Error() string { return d.reason.Error() }
 
@@ -69,49 +88,47 @@ func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // serveEvent answers one POST /event and logs one line about it.
 func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
-	start := time.Now()
-	id := rand.Text()
+	start, id := time.Now(), rand.Text()
 	w.Header().Set("X-Request-Id", id)
-	log := s.log.With("request_id", id, "remote", r.RemoteAddr)
 
 	c, a, err := s.event(w, r)
-	if c != nil { // the token is verified
-		for _, name := range []string{"repository", "event_name", "ref", "run_id"} {
-			log = log.With(name, sanitize(c[name]))
+	line := []slog.Attr{slog.String("request_id", id), slog.String("remote", r.RemoteAddr), slog.String("duration", time.Since(start).String())}
+	for _, name := range loggedClaims {
+		if value := c[name]; value != "" {
+			line = append(line, slog.String(name, sanitize(value)))
 		}
 	}
-	log = log.With("duration", time.Since(start).String())
 	if err == nil {
-		log.Info("accepted", "status", http.StatusAccepted, "images", a.Images, "requested_at", a.RequestedAt, "subscribers", a.Subscribers)
+		a.RequestID = id
+		s.log.LogAttrs(r.Context(), slog.LevelInfo, "accepted", append(line, slog.Int("status", http.StatusAccepted),
+			slog.Any("images", a.Images), slog.String("requested_at", a.RequestedAt), slog.Int64("subscribers", a.Subscribers))...)
 		writeJSON(w, http.StatusAccepted, a)
 		return
 	}
 	d := &denial{status: http.StatusInternalServerError, reason: err}
 	errors.As(err, &d)
-	level := slog.LevelInfo
-	if d.status >= http.StatusInternalServerError {
-		level = slog.LevelError
+	if c != nil || s.denials.allow(s.log) { // c: the token is verified
+		level := slog.LevelInfo
+		if d.status >= http.StatusInternalServerError {
+			level = slog.LevelError
+		}
+		s.log.LogAttrs(r.Context(), level, "denied", append(line, slog.Int("status", d.status), slog.String("reason", d.reason.Error()))...)
 	}
-	log.Log(r.Context(), level, "denied", "status", d.status, "reason", d.reason.Error())
-	d.write(w)
+	d.write(w, id)
 }
 
-func (d *denial) write(w http.ResponseWriter) {
+func (d *denial) write(w http.ResponseWriter, id string) {
 	switch d.status {
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", "Bearer")
 	case http.StatusServiceUnavailable:
 		w.Header().Set("Retry-After", retryAfter)
 	}
-	if d.answer != "" {
-		writeJSON(w, d.status, map[string]string{"error": d.answer})
-		return
-	}
-	text := "access denied"
-	if d.status >= http.StatusInternalServerError {
+	text := cmp.Or(d.answer, "access denied")
+	if d.answer == "" && d.status >= http.StatusInternalServerError {
 		text = http.StatusText(d.status)
 	}
-	http.Error(w, text, d.status)
+	writeJSON(w, d.status, map[string]string{"error": text, "requestId": id})
 }
 
 // event handles POST /event: first the token, then the claims, then the body, so
@@ -150,11 +167,17 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 	if err := s.policy.checkImages(c, images); err != nil {
 		return c, nil, tell(http.StatusForbidden, err)
 	}
-	requestedAt, subscribers, err := s.publish(r.Context(), images)
+	repository := c["repository_id"]
+	if !s.quota.take(repository, len(images)) {
+		err := fmt.Errorf("the repository has requested %d images that were new within a day, and more are refused; reuse tags", maxNewImages)
+		return c, nil, tell(http.StatusTooManyRequests, err)
+	}
+	p, err := s.publish(r.Context(), images)
+	s.quota.take(repository, p.added-len(images))
 	if err != nil {
 		return c, nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
 	}
-	return c, &accepted{images, formatTime(requestedAt), subscribers}, nil
+	return c, &accepted{Images: images, RequestedAt: formatTime(p.requestedAt), Subscribers: p.subscribers}, nil
 }
 
 // bearerToken reads the one Authorization header (RFC 6750, section 2.1). The
@@ -197,4 +220,43 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	enc := json.NewEncoder(w)
 	enc.SetEscapeHTML(false) // a job's log shows it as plain text
 	enc.Encode(v)            // a client that is gone cannot be told
+}
+
+// quota counts the images that each repository has added to the ledger in the
+// present day of this process.
+type quota struct {
+	mu   sync.Mutex
+	day  time.Time      // its beginning
+	used map[string]int // by repository_id
+}
+
+// take reports whether the repository may add n images. A negative n gives back.
+func (q *quota) take(repository string, n int) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.used == nil || time.Since(q.day) >= ledgerAge {
+		q.day, q.used = time.Now(), map[string]int{}
+	}
+	if n > 0 && q.used[repository]+n > maxNewImages {
+		return false
+	}
+	q.used[repository] = max(0, q.used[repository]+n)
+	return true
+}
+
+// logLimit bounds the log lines about unauthenticated callers, who must not be able
+// to rotate the other lines away.
+type logLimit struct{ lines atomic.Int64 }
+
+// allow reports whether there may be one more line. It logs how many there were not.
+func (l *logLimit) allow(log *slog.Logger) bool {
+	n := l.lines.Add(1)
+	if n == 1 {
+		time.AfterFunc(denialInterval, func() {
+			if suppressed := l.lines.Swap(0) - maxDenialLines; suppressed > 0 {
+				log.Warn("denials not logged", "count", suppressed)
+			}
+		})
+	}
+	return n <= maxDenialLines
 }

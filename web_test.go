@@ -14,11 +14,16 @@ import (
 	"net/http/httptest"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
 )
+
+// accessDenied is what an unauthenticated caller sees.
+const accessDenied = `{"error":"access denied","requestId":"`
 
 // testWeb is the real handler in a real server, with a real Valkey protocol and
 // an issuer that signs real tokens.
@@ -28,6 +33,7 @@ type testWeb struct {
 	handler http.Handler
 	issuer  *testIssuer
 	valkey  *miniredis.Miniredis
+	pub     *publisher
 	heard   chan string // what was published
 	logs    *logBuffer
 }
@@ -61,7 +67,7 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 	s.Config = newServer(h, headerTimeout, log)
 	s.Start()
 	t.Cleanup(s.Close)
-	w := &testWeb{t: t, url: s.URL, handler: h, issuer: issuer, valkey: m, heard: make(chan string, 100), logs: logs}
+	w := &testWeb{t: t, url: s.URL, handler: h, issuer: issuer, valkey: m, pub: pub, heard: make(chan string, 100), logs: logs}
 	subscriber := m.NewSubscriber()
 	subscriber.Subscribe("krt")
 	go func() { // miniredis waits until a message is taken
@@ -120,6 +126,9 @@ func (w *testWeb) expect(name string, resp *http.Response, code int, body string
 	if resp.StatusCode != code || !strings.Contains(string(got), body) || body == "" && len(got) > 0 {
 		w.t.Errorf("%s: %d %q, want %d %q", name, resp.StatusCode, got, code, body)
 	}
+	if id := resp.Header.Get("X-Request-Id"); id != "" && (!strings.HasSuffix(string(got), `"requestId":"`+id+"\"}\n") || resp.Header.Get("Content-Type") != "application/json") {
+		w.t.Errorf("%s: no JSON with requestId %s: %q", name, id, got)
+	}
 	if code != http.StatusAccepted {
 		w.expectNothing(name)
 	}
@@ -151,12 +160,12 @@ func TestAccepted(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := `{"images":` + string(list) + `,"requestedAt":"2026-11-21T02:00:00.123456Z","subscribers":1}` + "\n"
+		id := resp.Header.Get("X-Request-Id")
+		want := `{"images":` + string(list) + `,"requestedAt":"2026-11-21T02:00:00.123456Z","subscribers":1,"requestId":"` + id + "\"}\n"
 		got, _ := io.ReadAll(resp.Body)
 		if resp.StatusCode != http.StatusAccepted || string(got) != want || resp.Header.Get("Content-Type") != "application/json" {
 			t.Errorf("%s: %d\n got %s\nwant %s", body, resp.StatusCode, got, want)
 		}
-		id := resp.Header.Get("X-Request-Id")
 		if !w.logs.has(`"msg":"accepted"`, `"request_id":"`+id+`"`, `"repository":"acme/api"`, "2026-11-21T02:00:00.123456Z", images[0]) || id == "" {
 			t.Error("no log line for the request")
 		}
@@ -209,15 +218,15 @@ func TestAnswers(t *testing.T) {
 		{"head of health", "HEAD", "/healthz", nil, "", 200, ""},
 		{"post to health", "POST", "/healthz", nil, "", 405, ""},
 
-		{"no token", "POST", "/event", map[string][]string{"Authorization": nil}, good, 401, "access denied\n"},
-		{"empty token", "POST", "/event", map[string][]string{"Authorization": {"Bearer "}}, good, 401, "access denied\n"},
-		{"no scheme", "POST", "/event", map[string][]string{"Authorization": {token}}, good, 401, "access denied\n"},
-		{"basic", "POST", "/event", map[string][]string{"Authorization": {"Basic " + token}}, good, 401, "access denied\n"},
-		{"two headers", "POST", "/event", map[string][]string{"Authorization": {"Bearer " + token, "Bearer " + token}}, good, 401, "access denied\n"},
-		{"two tokens", "POST", "/event", map[string][]string{"Authorization": {"Bearer " + token + "," + token}}, good, 401, "access denied\n"},
-		{"in the query", "POST", "/event?access_token=" + token, map[string][]string{"Authorization": nil}, good, 401, "access denied\n"},
-		{"bad signature", "POST", "/event", map[string][]string{"Authorization": {"Bearer " + token[:len(token)-8] + "AAAAAAAA"}}, good, 401, "access denied\n"},
-		{"no word about the body without a token", "POST", "/event", map[string][]string{"Authorization": nil, "Content-Type": nil}, "{", 401, "access denied\n"},
+		{"no token", "POST", "/event", map[string][]string{"Authorization": nil}, good, 401, accessDenied},
+		{"empty token", "POST", "/event", map[string][]string{"Authorization": {"Bearer "}}, good, 401, accessDenied},
+		{"no scheme", "POST", "/event", map[string][]string{"Authorization": {token}}, good, 401, accessDenied},
+		{"basic", "POST", "/event", map[string][]string{"Authorization": {"Basic " + token}}, good, 401, accessDenied},
+		{"two headers", "POST", "/event", map[string][]string{"Authorization": {"Bearer " + token, "Bearer " + token}}, good, 401, accessDenied},
+		{"two tokens", "POST", "/event", map[string][]string{"Authorization": {"Bearer " + token + "," + token}}, good, 401, accessDenied},
+		{"in the query", "POST", "/event?access_token=" + token, map[string][]string{"Authorization": nil}, good, 401, accessDenied},
+		{"bad signature", "POST", "/event", map[string][]string{"Authorization": {"Bearer " + token[:len(token)-8] + "AAAAAAAA"}}, good, 401, accessDenied},
+		{"no word about the body without a token", "POST", "/event", map[string][]string{"Authorization": nil, "Content-Type": nil}, "{", 401, accessDenied},
 
 		{"no content type", "POST", "/event", map[string][]string{"Content-Type": nil}, good, 415, `{"error":"expected one header Content-Type`},
 		{"form", "POST", "/event", map[string][]string{"Content-Type": {"application/x-www-form-urlencoded"}}, good, 415, "application/json"},
@@ -249,7 +258,7 @@ func TestAnswers(t *testing.T) {
 		"other event":        {"event_name": "workflow_run"},
 	} {
 		// The body is not looked at.
-		w.expect(name, w.post(changes, "{"), 403, "access denied\n")
+		w.expect(name, w.post(changes, "{"), 403, accessDenied)
 	}
 
 	w.expect("scheme in lower case", w.send("POST", "/event", header(map[string][]string{"Authorization": {"bearer " + token}}), good), 202, "ghcr.io/acme/api:dev")
@@ -275,7 +284,7 @@ func TestHostileBodies(t *testing.T) {
 		}
 		w.expect(fmt.Sprintf("%.100q", tt.body), w.post(nil, tt.body), 400, `{"error":"`)
 		w.expect(fmt.Sprintf("%.100q", tt.body), w.post(nil, tt.body), 400, strings.Trim(string(text), `"`))
-		w.expect(fmt.Sprintf("%.100q", tt.body), w.post(map[string]any{"event_name": "pull_request"}, tt.body), 403, "access denied\n")
+		w.expect(fmt.Sprintf("%.100q", tt.body), w.post(map[string]any{"event_name": "pull_request"}, tt.body), 403, accessDenied)
 	}
 	if tried < 50 {
 		t.Errorf("%d bodies", tried)
@@ -287,7 +296,7 @@ func TestLookAlikeOwners(t *testing.T) {
 	w := newTestWeb(t, "")
 	w.handler.(*web).policy = mustPolicy(t, []string{"kelvin", "sys"}, nil, "")
 	for _, owner := range []string{"\u212aelvin", "\u017fys", "sy\u017f"} {
-		w.expect(owner, w.post(map[string]any{"repository_owner": owner, "repository": owner + "/api"}, `{"image":"ghcr.io/acme/api:dev"}`), 403, "access denied\n")
+		w.expect(owner, w.post(map[string]any{"repository_owner": owner, "repository": owner + "/api"}, `{"image":"ghcr.io/acme/api:dev"}`), 403, accessDenied)
 	}
 	w.expect("the owner itself", w.post(map[string]any{"repository_owner": "Kelvin", "repository": "Kelvin/api"}, `{"image":"ghcr.io/acme/api:dev"}`), 202, "ghcr.io/acme/api:dev")
 }
@@ -300,7 +309,7 @@ func TestDenialIsLogged(t *testing.T) {
 	}
 	w := newTestWeb(t, trust.String())
 	ref := "refs/heads/\u202e\x1b[2J" + strings.Repeat("x", 4000)
-	w.expect("denied", w.post(map[string]any{"ref": ref}, `{"image":"ghcr.io/acme/api:dev"}`), 403, "access denied\n")
+	w.expect("denied", w.post(map[string]any{"ref": ref}, `{"image":"ghcr.io/acme/api:dev"}`), 403, accessDenied)
 	if !w.logs.has(`"msg":"denied"`, `"status":403`, `"repository":"acme/api"`, `"event_name":"push"`, `"run_id":"17123456789"`,
 		`"ref":"refs/heads/\\u202e\\x1b[2Jxxx`, "rule 1: environment is absent", "rule 12: environment is absent") {
 		t.Errorf("the denial is not logged:\n%s", w.logs)
@@ -310,8 +319,21 @@ func TestDenialIsLogged(t *testing.T) {
 	}
 }
 
+// A client that sends once is served while Valkey restarts.
+func TestValkeyRestarts(t *testing.T) {
+	w := newTestWeb(t, "")
+	w.valkey.Close()
+	restarted := make(chan error, 1)
+	time.AfterFunc(100*time.Millisecond, func() { restarted <- w.valkey.Restart() })
+	w.expect("while it restarts", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 202, "ghcr.io/acme/api:dev")
+	if err := <-restarted; err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestValkeyAway(t *testing.T) {
 	w := newTestWeb(t, "")
+	w.pub.timeout = 50 * time.Millisecond
 	w.valkey.Close()
 	resp := w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`)
 	if resp.Header.Get("Retry-After") == "" || !w.logs.has(`"level":"ERROR"`, `"status":503`, "valkey: writing the ledger") {
@@ -320,17 +342,123 @@ func TestValkeyAway(t *testing.T) {
 	if err := w.valkey.Restart(); err != nil {
 		t.Fatal(err)
 	}
-	w.expect("Valkey is away", resp, 503, `{"error":"the request was not accepted, try again"}`)
+	w.expect("Valkey is away", resp, 503, `{"error":"the request was not accepted, try again","requestId":"`)
 	eventually(t, "web works again", func() bool {
 		return w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`).StatusCode == 202
+	})
+}
+
+// A repository that names ever new images exhausts its own share of the ledger.
+func TestQuota(t *testing.T) {
+	w := newTestWeb(t, "")
+	go func() {
+		for range w.heard {
+		}
+	}()
+	body := func(first, n int) string {
+		var tags []string
+		for i := range n {
+			tags = append(tags, fmt.Sprint("t", first+i))
+		}
+		return string(jsonBytes(map[string]any{"image": "ghcr.io/acme/api", "tags": tags}))
+	}
+	post := func(changes map[string]any, body string, status int, text string) {
+		t.Helper()
+		resp := w.post(changes, body)
+		if got, _ := io.ReadAll(resp.Body); resp.StatusCode != status || !strings.Contains(string(got), text) {
+			t.Errorf("%d %s, want %d %s", resp.StatusCode, got, status, text)
+		}
+	}
+	var jobs sync.WaitGroup
+	for i := range maxNewImages / 20 {
+		if jobs.Go(func() { post(nil, body(20*i, 20), 202, "") }); i%8 == 0 {
+			jobs.Wait()
+		}
+	}
+	jobs.Wait()
+	post(nil, body(maxNewImages, 1), 429, `{"error":"the repository has requested 2000 images that were new`)
+	other := map[string]any{"repository": "acme/web", "repository_id": "7"}
+	post(other, body(maxNewImages, 1), 202, "")
+	if !w.logs.has(`"msg":"denied"`, `"status":429`, "that were new") {
+		t.Error("the denial is not logged")
+	}
+	members, err := w.valkey.ZMembers("krt:requested")
+	if err != nil || len(members) != maxNewImages+1 {
+		t.Errorf("%d images in the ledger, %v", len(members), err)
+	}
+}
+
+// What is in the ledger already costs nothing, and a new day has a new quota.
+func TestQuotaCountsNewImages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var q quota
+		if !q.take("1", maxNewImages) || q.take("1", 1) || !q.take("2", 1) {
+			t.Error("the quota is not per repository")
+		}
+		q.take("1", -2)
+		if !q.take("1", 2) || q.take("1", 1) {
+			t.Error("what was given back cannot be taken")
+		}
+		time.Sleep(ledgerAge)
+		q.take("1", -5) // was taken a day ago
+		if !q.take("1", maxNewImages) || q.take("1", 1) {
+			t.Error("a day later")
+		}
+	})
+	w := newTestWeb(t, "")
+	for i := range 3 {
+		w.expect("again", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 202, "ghcr.io/acme/api:dev")
+		if used := w.handler.(*web).quota.used["812345678"]; used != 1 {
+			t.Errorf("request %d: %d images counted", i, used)
+		}
+		<-w.heard
+	}
+	w.valkey.ZAdd("krt:requested", float64(time.Now().Add(-ledgerAge-time.Minute).UnixMicro()), "ghcr.io/acme/api:dev")
+	w.expect("a day later", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 202, "ghcr.io/acme/api:dev")
+	if used := w.handler.(*web).quota.used["812345678"]; used != 2 {
+		t.Errorf("a day later: %d images counted", used)
+	}
+}
+
+// Denials of unauthenticated callers are counted where they are not logged. What
+// verified jobs do is always logged.
+func TestDenialsAreNotLogged(t *testing.T) {
+	issuer := newTestIssuer(t)
+	synctest.Test(t, func(t *testing.T) {
+		logs := &logBuffer{}
+		log := slog.New(slog.NewJSONHandler(logs, nil))
+		v := newVerifier(issuer.URL, testAudience, issuer.offline(), log, time.Now)
+		if err := v.refresh(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		h := &web{log: log, verifier: v, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"}}
+		send := func(n int, token string) {
+			for range n {
+				r := httptest.NewRequest(http.MethodPost, "/event", nil)
+				r.Header.Set("Authorization", "Bearer "+token)
+				h.ServeHTTP(httptest.NewRecorder(), r)
+			}
+		}
+		send(maxDenialLines+1000, "x")
+		send(20, issuer.token(t, issuer.claimsWith(map[string]any{"event_name": "pull_request"})))
+		time.Sleep(denialInterval)
+		synctest.Wait()
+		if n := logs.count(`"status":401`); n != maxDenialLines || !logs.has("denials not logged", `"count":1000`) || logs.count(`"status":403`) != 20 {
+			t.Errorf("%d denials without and %d with a valid token logged", n, logs.count(`"status":403`))
+		}
+		send(3, "x")
+		time.Sleep(2 * denialInterval)
+		if n := logs.count(`"status":401`); n != maxDenialLines+3 || logs.count("denials not logged") != 1 {
+			t.Errorf("later: %d denials logged", n)
+		}
 	})
 }
 
 // A bug is answered, and logged with where it is.
 func TestPanic(t *testing.T) {
 	w := newTestWeb(t, "")
-	w.handler.(*web).publish = func(context.Context, []string) (int64, int64, error) { panic("at the disco") }
-	w.expect("panic", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 500, "Internal Server Error\n")
+	w.handler.(*web).publish = func(context.Context, []string) (publication, error) { panic("at the disco") }
+	w.expect("panic", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 500, `{"error":"Internal Server Error","requestId":"`)
 	if !w.logs.has(`"level":"ERROR"`, `"status":500`, "panic: at the disco", "web_test.go", `"repository":"acme/api"`) {
 		t.Error("the bug is not logged")
 	}
