@@ -33,6 +33,7 @@ type accepted struct {
 	Images      []string `json:"images"`
 	RequestedAt string   `json:"requestedAt"`
 	Subscribers *int     `json:"subscribers"`
+	RequestID   string   `json:"requestId"`
 }
 
 // accepted checks the form of a 202 and returns it with T in µs.
@@ -47,8 +48,8 @@ func (a answer) accepted() (accepted, int64, error) {
 		return body, 0, fmt.Errorf("the body of a 202, %s: %w", a.body, err)
 	}
 	at, err := time.Parse(ourStamp, body.RequestedAt)
-	if err != nil || !ourForm.MatchString(body.RequestedAt) || len(body.Images) == 0 || body.Subscribers == nil {
-		return body, 0, fmt.Errorf("the body of a 202 lacks images, subscribers or a requestedAt with microseconds: %s", a.body)
+	if err != nil || !ourForm.MatchString(body.RequestedAt) || len(body.Images) == 0 || body.Subscribers == nil || body.RequestID == "" {
+		return body, 0, fmt.Errorf("the body of a 202 lacks images, subscribers, requestId or a requestedAt with microseconds: %s", a.body)
 	}
 	return body, at.UnixMicro(), nil
 }
@@ -62,7 +63,7 @@ type client struct {
 
 func newClient(url string) *client {
 	return &client{url: url, now: time.Now, http: &http.Client{
-		Timeout: 10 * time.Second, // curl --max-time
+		Timeout: 20 * time.Second, // curl --max-time
 		// A connection each, as each curl has one.
 		Transport: &http.Transport{DisableKeepAlives: true},
 	}}
