@@ -28,6 +28,10 @@ type answer struct {
 	took   time.Duration
 }
 
+// tries is how often web may have tried to write the ledger: it tries again every
+// 250 ms within a request.
+func (a answer) tries() int { return 1 + int(a.took/(250*time.Millisecond)) }
+
 // accepted is the body of a 202.
 type accepted struct {
 	Images      []string `json:"images"`

@@ -63,6 +63,7 @@ func (j *journal) push(ctx context.Context, c *client, image string) error {
 		case err == nil && a.status == http.StatusAccepted:
 			_, at, err := a.accepted()
 			j.add(image, at, asked)
+			j.repeat(image, a.tries()-1)
 			return err
 		case err == nil && a.status < 500:
 			return fmt.Errorf("pushing %s: answered %d %s, which the workflow does not try again", image, a.status, a.body)
@@ -73,10 +74,7 @@ func (j *journal) push(ctx context.Context, c *client, image string) error {
 		default:
 			last = err
 		}
-		j.mu.Lock()
-		j.uncertain[image]++
-		j.retries++
-		j.mu.Unlock()
+		j.repeat(image, a.tries())
 		select {
 		// Much shorter than the workflow's, to press harder.
 		case <-time.After(200*time.Millisecond + rand.N(100*time.Millisecond)):
@@ -84,6 +82,14 @@ func (j *journal) push(ctx context.Context, c *client, image string) error {
 			return fmt.Errorf("pushing %s: not accepted within a minute, at last: %w", image, last)
 		}
 	}
+}
+
+// repeat counts tries of which nobody knows whether they reached the ledger.
+func (j *journal) repeat(image string, tries int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.uncertain[image] += tries
+	j.retries += tries
 }
 
 // pushMany pushes n requests for images chosen at random, from eight clients and
