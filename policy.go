@@ -316,7 +316,8 @@ func checkImagePatterns(patterns []pattern) error {
 	return nil
 }
 
-// pattern is text in which each star stands for any text, even an empty one.
+// pattern is text in which each star stands for any text, even an empty one, but in
+// a pattern with an @ for none with an @.
 type pattern string
 
 func joinPatterns(patterns []pattern) string {
@@ -331,9 +332,18 @@ func anyMatches(patterns []pattern, s string) bool {
 	return slices.ContainsFunc(patterns, func(p pattern) bool { return p.matches(s) })
 }
 
-// matches compares the whole of s. Each text between two stars is looked for once,
-// so the time is linear whatever the number of stars.
+// matches compares the whole of s. A branch may be called evil@refs/heads/main, and a
+// star before the @ of a job_workflow_ref must not take that one for its end.
 func (p pattern) matches(s string) bool {
+	if !strings.Contains(string(p), "@") {
+		return p.matchesPiece(s)
+	}
+	return slices.EqualFunc(strings.Split(string(p), "@"), strings.Split(s, "@"), func(p, s string) bool { return pattern(p).matchesPiece(s) })
+}
+
+// matchesPiece looks for each text between two stars once, so the time is linear
+// whatever the number of stars.
+func (p pattern) matchesPiece(s string) bool {
 	text, rest, star := strings.Cut(string(p), "*")
 	s, ok := strings.CutPrefix(s, text)
 	if !star {

@@ -186,6 +186,14 @@ func TestConditions(t *testing.T) {
 		{"environment", "a|b", "a"}: false, {"environment", "a.b", "axb"}: false, {"environment", "a?", "ab"}: false, {"environment", "ab", "*"}: false,
 		{"ref", "refs/heads/release/*", "refs/heads/release/1/2"}: true, {"ref", "refs/heads/release/*", "refs/heads/release/"}: true,
 		{"job_workflow_ref", "acme/.github/*.yml@refs/tags/v*", "acme/.github/.github/workflows/deploy.yml@refs/tags/v2"}: true,
+		// A branch or a file may have an @ in its name. It is not the one of the pattern.
+		{"job_workflow_ref", "acme/x/*@refs/heads/main", "acme/x/mine.yml@refs/heads/evil@refs/heads/main"}: false,
+		{"workflow_ref", "*@refs/heads/main", "acme/x/mine.yml@refs/heads/evil@refs/heads/main"}:            false,
+		{"job_workflow_ref", "acme/x/*@refs/*", "acme/x/mine.yml@refs/heads/evil@refs/heads/main"}:          false,
+		{"job_workflow_ref", "acme/x/d.yml@*", "acme/x/d.yml@2.yml@refs/heads/main"}:                        false,
+		{"job_workflow_ref", "acme/x/*@*@2", "acme/x/d.yml@refs/heads/release@2"}:                           true,
+		{"job_workflow_ref", "acme/x/*", "acme/x/mine.yml@refs/heads/evil@refs/heads/main"}:                 true,
+		{"ref", "refs/heads/*/2", "refs/heads/release@1/2"}:                                                 true,
 		{"environment", "*", "-"}: false, {"environment", "*", ""}: true, {"base_ref", "", ""}: true, {"base_ref", "", "-"}: false,
 	} {
 		p, c := mustPolicy(t, []string{"acme"}, nil, oneRule(test[0], test[1], "*")), jobClaims(claims{test[0]: test[2]})
@@ -396,7 +404,8 @@ func TestMatchIsLinear(t *testing.T) {
 	}
 }
 
-// matchesSimply is the definition: a star is nothing, or a byte and the star.
+// matchesSimply is the definition: a star is nothing, or a byte and the star. In a
+// pattern with an @, that byte is not an @.
 func matchesSimply(p, s string) bool {
 	row := make([]bool, len(s)+1) // row[i]: p up to here matches s[:i]
 	row[0] = true
@@ -404,7 +413,7 @@ func matchesSimply(p, s string) bool {
 		next := make([]bool, len(s)+1)
 		for i := range next {
 			if c == '*' {
-				next[i] = row[i] || i > 0 && next[i-1]
+				next[i] = row[i] || i > 0 && next[i-1] && (s[i-1] != '@' || !strings.Contains(p, "@"))
 			} else {
 				next[i] = i > 0 && row[i-1] && s[i-1] == c
 			}
@@ -419,6 +428,7 @@ func FuzzMatch(f *testing.F) {
 		{"", ""}, {"*", ""}, {"*", "x"}, {"a*a", "a"}, {"a*a", "aa"}, {"**", "x"}, {"a**b", "ab"}, {"*ab*ab*", "abab"}, {"*ab*ba*", "aba"},
 		{"refs/heads/*", "refs/heads/main"}, {"ghcr.io/acme/api:v*", "ghcr.io/acme/api:v1.2"}, {"*:d*v", "localhost:5000/x:dev"}, {"a.b", "axb"},
 		{"a*", "b"}, {"*a", "b"}, {"a*b*c", "abcbc"}, {"é*", "é\xff"}, {"1*", "12"}, {"acme/*", "acme/api"},
+		{"a/*@main", "a/b@evil@main"}, {"*@*", "a@b"}, {"*@*", "a@b@c"}, {"@", "@"}, {"*", "@"},
 	} {
 		f.Add(seed[0], seed[1])
 	}
