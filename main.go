@@ -185,7 +185,7 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Orgs, "org_ids", cfg.OrgIDs,
 		"issuer", cfg.Issuer, "audience", cfg.Audience)
 	if rules := policy.rulesWithRiskyEvents(); len(rules) > 0 {
-		log.Warn("a wildcard in event_name matches pull_request_target or workflow_run, which may run untrusted code: name the events", "rules", rules)
+		log.Warn("TRUST_POLICY (--trust-policy): event_name allows events that people without write access can cause", "rules", rules)
 	}
 	verifier := newVerifier(cfg.Issuer, cfg.Audience, issuer, log, time.Now)
 	publisher, err := newPublisher(cfg.Valkey, log)

@@ -122,18 +122,25 @@ func (r *rule) countAllowed(c claims, images []string) int {
 	return len(images)
 }
 
-// rulesWithRiskyEvents returns the rules whose stars let in an event that can be
-// caused without write access and has a token like main's.
-func (p *policy) rulesWithRiskyEvents() (names []string) {
-	risky := func(p pattern) bool {
-		return strings.Contains(string(p), "*") && (p.matches("pull_request_target") || p.matches("workflow_run"))
-	}
+// riskyEvents can be caused without write access, checks and statuses by an app that
+// reports on forks. A pull_request needs write access to its branch, or it comes from
+// a fork and gets no id-token: write. But anybody may review one of a branch.
+var riskyEvents = []string{
+	"check_run", "check_suite", "discussion", "discussion_comment", "fork", "gollum", "issue_comment", "issues",
+	"pull_request_review", "pull_request_review_comment", "pull_request_target", "status", "watch", "workflow_run",
+}
+
+// rulesWithRiskyEvents returns the rules that let risky events in, with the events.
+func (p *policy) rulesWithRiskyEvents() (rules []string) {
 	for _, r := range p.rules {
-		if slices.ContainsFunc(r.conditions, func(c condition) bool { return c.claim == "event_name" && slices.ContainsFunc(c.values, risky) }) {
-			names = append(names, r.name)
+		for _, cond := range r.conditions {
+			events := slices.DeleteFunc(slices.Clone(riskyEvents), func(event string) bool { return !anyMatches(cond.values, event) })
+			if cond.claim == "event_name" && len(events) > 0 {
+				rules = append(rules, r.name+": "+strings.Join(events, ", "))
+			}
 		}
 	}
-	return names
+	return rules
 }
 
 // describe returns a line for each rule in force.

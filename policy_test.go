@@ -203,6 +203,22 @@ func TestConditions(t *testing.T) {
 	}
 }
 
+func TestRiskyEvents(t *testing.T) {
+	trust := designPolicy
+	for _, events := range []string{"pull_request_target", "[push, pull_request, issue*]", "pull_request", "[fork, watch, gollum]",
+		"'*run'", "push, environment: '*'", "'*'"} {
+		trust += "- {claims: {event_name: " + events + "}, images: ['*']}\n"
+	}
+	if got, want := mustPolicy(t, []string{"acme"}, nil, trust).rulesWithRiskyEvents(), []string{"rule 3: pull_request_target", "rule 4: issue_comment, issues",
+		"rule 6: fork, gollum, watch", "rule 7: check_run, workflow_run", "rule 9: check_run, check_suite, discussion, discussion_comment, fork, gollum, " +
+			"issue_comment, issues, pull_request_review, pull_request_review_comment, pull_request_target, status, watch, workflow_run"}; !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+	if got := mustPolicy(t, []string{"acme"}, nil, "").rulesWithRiskyEvents(); got != nil {
+		t.Errorf("the default events: %q", got)
+	}
+}
+
 func TestImagePlaceholders(t *testing.T) {
 	const byRepository, byID = "ghcr.io/{repository}:dev", "ghcr.io/{repository_owner}/r{repository_id}-*:*"
 	for test, want := range map[[3]string]bool{ // pattern, repository, image
