@@ -38,7 +38,7 @@ const (
 
 	// Idle clients may have every place of a port. A probe must get its turn within
 	// probeTimeout nevertheless.
-	headerTimeout    = 2 * time.Second
+	headerTimeout    = time.Second
 	opsHeaderTimeout = 500 * time.Millisecond
 
 	// lingerTimeout is how long a client may send a body that is not read. If it
