@@ -22,23 +22,30 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// documentedStep is the step that docs/github-actions.md shows.
+// documentedStep is the step that docs/github-actions.md shows. The job that
+// builds can get no token, and the job with the step can do nothing else.
 func documentedStep(t *testing.T) (script string, env map[string]string) {
 	var workflow struct {
 		Permissions map[string]string
 		Jobs        map[string]struct {
-			Steps []struct {
+			Needs       string
+			Permissions map[string]string
+			Steps       []struct {
 				Shell, Run string
 				Env        map[string]string
 			}
 		}
 	}
 	err := yaml.Unmarshal([]byte(docBlocks(readDoc(t, "docs/github-actions.md"))[0].text), &workflow)
-	steps := workflow.Jobs["image"].Steps
-	if err != nil || workflow.Permissions["id-token"] != "write" || len(steps) != 1 || steps[0].Shell != "bash" || strings.Contains(steps[0].Run, "${{") {
-		t.Fatalf("expected a job with id-token: write and one step in bash without expressions, %v: %+v", err, workflow)
+	build, job := workflow.Jobs["image"], workflow.Jobs["rollout"]
+	if err != nil || workflow.Permissions != nil || job.Needs != "image" || !maps.Equal(job.Permissions, map[string]string{"id-token": "write"}) ||
+		!maps.Equal(build.Permissions, map[string]string{"contents": "read", "packages": "write"}) {
+		t.Fatalf("expected id-token: write in the job rollout only, and nothing else there, %v: %+v", err, workflow)
 	}
-	return steps[0].Run, steps[0].Env
+	if len(job.Steps) != 1 || job.Steps[0].Shell != "bash" || strings.Contains(job.Steps[0].Run, "${{") {
+		t.Fatalf("expected one step in bash without expressions: %+v", job.Steps)
+	}
+	return job.Steps[0].Run, job.Steps[0].Env
 }
 
 // fakeGitHub is the URL at which a job gets tokens, and a proxy in front of web.
@@ -46,22 +53,25 @@ type fakeGitHub struct {
 	*httptest.Server
 	sync.Mutex
 	audiences []string // that tokens were requested for
+	minted    []string
 	tokens    []string // that reached the proxy
 	failures  []int    // statuses with which the proxy answers next
+	forged    string   // the body of these answers
 }
 
-func newFakeGitHub(t *testing.T, w *testWeb, failures []int) *fakeGitHub {
-	f, mux := &fakeGitHub{failures: failures}, http.NewServeMux()
+func newFakeGitHub(t *testing.T, w *testWeb, failures []int, forged string) *fakeGitHub {
+	f, mux := &fakeGitHub{failures: failures, forged: forged}, http.NewServeMux()
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: strings.TrimPrefix(w.url, "http://")})
 	mux.HandleFunc("GET /token", func(rw http.ResponseWriter, r *http.Request) {
 		f.Lock()
 		defer f.Unlock()
 		audience := r.URL.Query().Get("audience")
 		f.audiences = append(f.audiences, audience)
-		if r.Header.Get("Authorization") != "bearer secret" || r.URL.Query().Get("api-version") != "2.0" {
+		if r.Header.Get("Authorization") != "Bearer "+requestToken || r.URL.Query().Get("api-version") != "2.0" {
 			t.Errorf("a token is requested with %s and %q", r.URL, r.Header)
 		}
 		token := w.issuer.token(t, w.issuer.claimsWith(map[string]any{"aud": audience, "jti": fmt.Sprint(len(f.audiences))}))
+		f.minted = append(f.minted, token)
 		fmt.Fprintf(rw, `{"count":%d,"value":%q}`, len(token), token)
 	})
 	mux.HandleFunc("/", func(rw http.ResponseWriter, r *http.Request) {
@@ -73,17 +83,32 @@ func newFakeGitHub(t *testing.T, w *testWeb, failures []int) *fakeGitHub {
 			return
 		}
 		rw.WriteHeader(f.failures[0])
+		io.WriteString(rw, f.forged)
 		f.failures = f.failures[1:]
 	})
 	f.Server = httptest.NewServer(mux)
 	return f
 }
 
-// runStep runs the documented step as a runner does, with a sleep that returns
-// at once and says so.
-func runStep(t *testing.T, script string, vars map[string]string) (output string, code int) {
+// requestToken is what a runner gives to a job to get OIDC tokens with.
+const requestToken = "request-token-of-the-job"
+
+// runStep runs the documented step as a runner does. The step finds a sleep that
+// returns at once, curl and jq, and no other command. These two say when they run.
+// processes holds their arguments, and their environments but for the runner's own
+// variable.
+func runStep(t *testing.T, script string, vars map[string]string) (output string, code int, processes string) {
+	const wrapper = "#!/bin/sh\n(unset ACTIONS_ID_TOKEN_REQUEST_TOKEN; printf '%%s\\n' \"$@\"; export -p) >>$0.ran\necho ran %s >&2\nexec %s \"$@\"\n"
 	dir := t.TempDir()
-	for name, text := range map[string]string{"step": script, "sleep": "#!/bin/sh\necho slept\n", "body": `{"image":"ghcr.io/acme/api:dev"}`} {
+	files := map[string]string{"step": "PATH=" + dir + "\n" + script, "sleep": "#!/bin/sh\necho slept\n", "body": `{"image":"ghcr.io/acme/api:dev"}`}
+	for _, name := range []string{"curl", "jq"} {
+		path, err := exec.LookPath(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[name] = fmt.Sprintf(wrapper, name, path)
+	}
+	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -94,7 +119,42 @@ func runStep(t *testing.T, script string, vars map[string]string) (output string
 	for name, value := range vars {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
-	return runCommand(t, cmd, dir)
+	output, code = runCommand(t, cmd, dir)
+	ran, _ := filepath.Glob(filepath.Join(dir, "*.ran"))
+	for _, name := range ran {
+		processes += readDoc(t, name)
+	}
+	return output, code, processes
+}
+
+// workflowCommandRE finds what a runner takes for a command: :: at the beginning of
+// a line, and ##[ anywhere.
+// https://github.com/actions/runner/blob/main/src/Runner.Common/ActionCommand.cs
+var workflowCommandRE = regexp.MustCompile(`(?m)^\s*::.+?::.*|##\[.*`)
+
+// checkStep fails if a token is seen by other processes, or is used or printed
+// before it is masked, or if there is another command than masks and one error.
+func checkStep(t *testing.T, output, processes string, minted []string, failed bool) {
+	t.Helper()
+	if strings.Contains(processes, requestToken) || strings.Contains(processes, "eyJ") || len(minted) > 0 && !strings.Contains(processes, "/event\n") {
+		t.Errorf("a token is in the arguments or the environment of a process:\n%s", processes)
+	}
+	length := len(output)
+	for _, token := range minted {
+		length -= len(token)
+		if _, after, _ := strings.Cut(output, "\n::add-mask::"+token+"\n"); !strings.HasPrefix(after, "ran curl\n") || strings.Count(output, token) != 1 {
+			t.Errorf("a token is used or printed before it is masked:\n%s", output)
+		}
+	}
+	commands := slices.DeleteFunc(workflowCommandRE.FindAllString(strings.ReplaceAll(output, "\r", "\n"), -1), func(command string) bool {
+		return slices.Contains(minted, strings.TrimPrefix(command, "::add-mask::"))
+	})
+	if failed && len(commands) == 1 && strings.HasPrefix(commands[0], "::error::") {
+		commands = nil
+	}
+	if len(commands) > 0 || strings.ContainsAny(output, "\r\x00\x1b%") || length > 20_000 {
+		t.Errorf("an answer brought the commands %q, or characters that the step removes, or %d bytes: %.9999q", commands, length, output)
+	}
 }
 
 func TestDocumentedWorkflow(t *testing.T) {
@@ -104,12 +164,15 @@ func TestDocumentedWorkflow(t *testing.T) {
 	page := readDoc(t, "docs/github-actions.md")
 	lowerCase := regexp.MustCompile(`(?m)^BODY=\$\(.*$`).FindString(page)
 	tags := regexp.MustCompile(`(?m)^BODY: '(.*tags.*)'$`).FindStringSubmatch(page)
-	requestIDRE := regexp.MustCompile(`\(request id [A-Z0-9]{26}\)`)
+	requestIDRE := regexp.MustCompile(`"requestId":"[A-Z0-9]{26}"`)
+	hostile := "{\"error\":\"\\u000a::error::forged\"}\n::set-output name=a::b\r::error::forged\r\n ##[error]forged #\n#[add-path]/tmp %0A::error::forged%0D" +
+		" \x1b[31m \xff \x00 ::stop-commands::x"
 	type vars = map[string]string
 	for _, tt := range []struct {
 		name             string
 		vars             vars // GITHUB stands for the fake's URL; "-" removes one
 		failures         []int
+		forged           string // the body of a failure
 		attempts, sleeps int    // attempts reach the proxy
 		output           string // parts, separated by |
 		success, noID    bool   // noID: the answer is not web's
@@ -121,7 +184,7 @@ func TestDocumentedWorkflow(t *testing.T) {
 			output: `"images":["ghcr.io/acme/api:v1.2-RC"]`, success: true},
 		{name: "transient errors", failures: []int{503, 502, 429}, attempts: 4, sleeps: 3, output: "status 503|status 429|accepted: ", success: true},
 		{name: "no connection", vars: vars{"ROLLOUT_URL": "http://127.0.0.1:1"}, sleeps: 11, output: "::error::not accepted after", noID: true},
-		{name: "no token", vars: vars{"ACTIONS_ID_TOKEN_REQUEST_URL": "http://127.0.0.1:1/?a=b"}, sleeps: 11, output: "no token from GitHub", noID: true},
+		{name: "no token", vars: vars{"ACTIONS_ID_TOKEN_REQUEST_URL": "http://127.0.0.1:1/?a=b"}, sleeps: 11, output: "::error::not accepted after|no token from GitHub", noID: true},
 		{name: "another image", vars: vars{"BODY": `{"image":"docker.io/evil/api:dev"}`}, attempts: 1,
 			output: "::error::this job may not restart this image|docker.io/evil/api:dev"},
 		{name: "no tag", vars: vars{"BODY": `{"image":"ghcr.io/acme/api"}`}, attempts: 1, output: "::error::the request is invalid (400)|tag"},
@@ -129,13 +192,19 @@ func TestDocumentedWorkflow(t *testing.T) {
 		{name: "a body like a file of curl", vars: vars{"BODY": "@body"}, attempts: 1, output: "::error::the request is invalid (400)"},
 		{name: "another audience", vars: vars{"AUDIENCE": "https://other.example.com/?a=1&b=2"}, attempts: 1, output: "::error::the token is invalid|AUDIENCE"},
 		{name: "another path", vars: vars{"ROLLOUT_URL": "GITHUB/deep"}, attempts: 1, output: "::error::unexpected status 404|ROLLOUT_URL", noID: true},
+		{name: "a forged 202", failures: []int{202}, forged: hostile, attempts: 1, output: "accepted: ", success: true, noID: true},
+		{name: "a forged 403", failures: []int{403}, forged: hostile, attempts: 1, output: "::error::this job may not restart this image", noID: true},
+		{name: "a forged 418", failures: []int{418}, forged: hostile, attempts: 1, output: "::error::unexpected status 418", noID: true},
+		{name: "a forged 503", failures: []int{503}, forged: hostile, attempts: 2, sleeps: 1, output: "status 503|accepted: ", success: true},
+		{name: "a page of a proxy", failures: []int{502}, forged: strings.Repeat("<p>\n", 20_000), attempts: 2, sleeps: 1, output: "status 502 <p> <p>|accepted: ",
+			success: true},
 		{name: "no permission", vars: vars{"ACTIONS_ID_TOKEN_REQUEST_URL": "-"}, output: "id-token: write", noID: true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			github := newFakeGitHub(t, web, tt.failures)
+			github := newFakeGitHub(t, web, tt.failures, tt.forged)
 			env, script := maps.Clone(stepEnv), step
-			maps.Copy(env, vars{"ACTIONS_ID_TOKEN_REQUEST_URL": "GITHUB/token?api-version=2.0", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "secret",
+			maps.Copy(env, vars{"ACTIONS_ID_TOKEN_REQUEST_URL": "GITHUB/token?api-version=2.0", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": requestToken,
 				"AUDIENCE": testAudience, "ROLLOUT_URL": "GITHUB"})
 			maps.Copy(env, tt.vars)
 			maps.DeleteFunc(env, func(_, value string) bool { return value == "-" })
@@ -145,7 +214,7 @@ func TestDocumentedWorkflow(t *testing.T) {
 			if env["GITHUB_REPOSITORY"] != "" {
 				script = lowerCase + "\n" + script
 			}
-			out, code := runStep(t, script, env)
+			out, code, processes := runStep(t, script, env)
 			github.Close()
 			if (code == 0) != tt.success || len(github.tokens) != tt.attempts || strings.Count(out, "slept\n") != tt.sleeps {
 				t.Errorf("exit %d after %d attempts:\n%s", code, len(github.tokens), out)
@@ -155,8 +224,9 @@ func TestDocumentedWorkflow(t *testing.T) {
 					t.Errorf("the output has no %q:\n%s", part, out)
 				}
 			}
-			if requestIDRE.MatchString(out) == tt.noID || strings.Contains(out, "eyJ") {
-				t.Errorf("the output has no request id, or a token:\n%s", out)
+			checkStep(t, out, processes, github.minted, strings.HasPrefix(tt.output, "::error::"))
+			if requestIDRE.MatchString(out) == tt.noID {
+				t.Errorf("the output has no request id, or one that is not web's:\n%s", out)
 			}
 			slices.Sort(github.tokens)
 			slices.Sort(github.audiences)
