@@ -172,7 +172,7 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 		err := fmt.Errorf("the repository has requested %d images that were new within a day, and more are refused; reuse tags", maxNewImages)
 		return c, nil, tell(http.StatusTooManyRequests, err)
 	}
-	p, err := s.publish(r.Context(), images)
+	p, err := s.publish(context.WithoutCancel(r.Context()), images)
 	s.quota.take(repository, p.added-len(images))
 	if err != nil {
 		return c, nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
