@@ -241,7 +241,10 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 		}
 		published := false
 		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy), prefixes: cfg.ImagePrefixes,
-			publish: func(context.Context, []string) (publication, error) { published = true; return publication{}, nil }}
+			publish: func(context.Context, []string, int) (publication, error) {
+				published = true
+				return publication{requestedAt: 1}, nil
+			}}
 		w := httptest.NewRecorder()
 		r := httptest.NewRequest(http.MethodPost, "http://web/event", bytes.NewReader(jsonBytes(map[string]any{"image": name, "tags": tags})))
 		r.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}

@@ -178,7 +178,7 @@ func (w *testWorker) start() {
 // publish requests images as web does and returns restartedAt.
 func (w *testWorker) publish(images ...string) string {
 	w.t.Helper()
-	p, err := w.pub.publish(w.t.Context(), images)
+	p, err := w.pub.publish(w.t.Context(), images, maxLedger)
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -391,7 +391,7 @@ func TestSlowClients(t *testing.T) {
 	} {
 		log := slog.New(slog.DiscardHandler)
 		h := &web{log: log, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"},
-			publish: func(context.Context, []string) (publication, error) {
+			publish: func(context.Context, []string, int) (publication, error) {
 				t.Error("something was published")
 				return publication{}, nil
 			}}

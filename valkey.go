@@ -47,8 +47,9 @@ const (
 	maxElement = 16 << 10
 )
 
-// publishScript writes the images ARGV[2..] to the ledger KEYS[1] and publishes
-// them on the channel ARGV[1], all or none. They share one T: Valkey's time, or
+// publishScript writes the images ARGV[3..] to the ledger KEYS[1] and publishes
+// them on the channel ARGV[1], all or none: none, with T 0, if more of them are new
+// than ARGV[2]. They share one T: Valkey's time, or
 // one more than the newest T in the ledger, so that T grows over all images
 // whatever becomes of the clock. Entries more than a day ahead are dated anew.
 // Old entries are removed only when the bound is near: a clock that is ahead for
@@ -66,10 +67,11 @@ local newest = redis.call('ZRANGE', KEYS[1], micros(now + day), '-inf', 'BYSCORE
 local t = now
 if newest[2] and tonumber(newest[2]) >= t then t = tonumber(newest[2]) + 1 end
 local added = 0
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   local score = redis.call('ZSCORE', KEYS[1], ARGV[i])
   if not score or tonumber(score) < now - day then added = added + 1 end
 end
+if added > tonumber(ARGV[2]) then return {0, 0, 0} end
 if added > 0 and redis.call('ZCARD', KEYS[1]) + added > bound then
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(' .. micros(now - day))
   if redis.call('ZCARD', KEYS[1]) + added > bound then
@@ -77,14 +79,14 @@ if added > 0 and redis.call('ZCARD', KEYS[1]) + added > bound then
   end
 end
 local at = micros(t)
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   redis.call('ZADD', KEYS[1], at, ARGV[i])
 end
 for _, image in ipairs(redis.call('ZRANGE', KEYS[1], '(' .. micros(now + day), '+inf', 'BYSCORE')) do
   redis.call('ZADD', KEYS[1], at, image)
 end
 local subscribers = 0
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   subscribers = redis.call('PUBLISH', ARGV[1], '{"image":"' .. ARGV[i] .. '","requestedAt":' .. at .. '}')
 end
 return {at, subscribers, added}
@@ -120,7 +122,7 @@ func newPublisher(cfg valkeyConfig, log *slog.Logger) (*publisher, error) {
 // publish runs publishScript, again and again if Valkey is restarting. It returns
 // the last error. After one the images may be in the ledger nevertheless, if only
 // the answer was lost.
-func (p *publisher) publish(ctx context.Context, images []string) (publication, error) {
+func (p *publisher) publish(ctx context.Context, images []string, mayAdd int) (publication, error) {
 	select {
 	case p.publishing <- struct{}{}:
 		defer func() { <-p.publishing }()
@@ -129,7 +131,7 @@ func (p *publisher) publish(ctx context.Context, images []string) (publication, 
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	args := append([]string{p.channel}, images...)
+	args := append([]string{p.channel, strconv.Itoa(mayAdd)}, images...)
 	for last := error(nil); ; sleep(ctx, valkeyRetryDelay) {
 		reply, err := publishScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, args).AsIntSlice()
 		if err == nil && len(reply) == 3 {

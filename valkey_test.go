@@ -33,7 +33,7 @@ func TestRequestedAtGrows(t *testing.T) {
 	publish := func(clock int64, images ...string) int64 {
 		t.Helper()
 		m.SetTime(time.UnixMicro(clock))
-		published, err := p.publish(t.Context(), images)
+		published, err := p.publish(t.Context(), images, maxLedger)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -97,7 +97,7 @@ func TestLedgerIsBounded(t *testing.T) {
 		return len(members)
 	}
 	publish := func(images ...string) error {
-		_, err := p.publish(t.Context(), images)
+		_, err := p.publish(t.Context(), images, maxLedger)
 		return err
 	}
 	add(0, now.Add(-ledgerAge-time.Minute))
@@ -185,7 +185,7 @@ func TestValkeyRefuses(t *testing.T) {
 	} {
 		m.SetError(answer)
 		start := time.Now()
-		if _, err := pub.publish(t.Context(), []string{apiDev}); err == nil || !strings.Contains(err.Error(), hint) {
+		if _, err := pub.publish(t.Context(), []string{apiDev}, maxLedger); err == nil || !strings.Contains(err.Error(), hint) {
 			t.Errorf("%s: %v", answer, err)
 		}
 		if retried := time.Since(start) >= pub.timeout; retried != (hint == "LOADING") {
@@ -225,7 +225,7 @@ func TestValkeySilent(t *testing.T) {
 	})
 	defer close(silent)
 	start := time.Now()
-	if _, err := pub.publish(t.Context(), []string{apiDev}); err == nil || time.Since(start) > time.Second {
+	if _, err := pub.publish(t.Context(), []string{apiDev}, maxLedger); err == nil || time.Since(start) > time.Second {
 		t.Errorf("%v after %v", err, time.Since(start))
 	}
 }
@@ -236,11 +236,11 @@ func TestPublishIsBounded(t *testing.T) {
 	for range maxPublishing {
 		pub.publishing <- struct{}{}
 	}
-	if _, err := pub.publish(t.Context(), []string{apiDev}); !errors.Is(err, errBusy) {
+	if _, err := pub.publish(t.Context(), []string{apiDev}, maxLedger); !errors.Is(err, errBusy) {
 		t.Errorf("got %v", err)
 	}
 	<-pub.publishing
-	if _, err := pub.publish(t.Context(), []string{apiDev}); err != nil {
+	if _, err := pub.publish(t.Context(), []string{apiDev}, maxLedger); err != nil {
 		t.Errorf("with a slot free: %v", err)
 	}
 }

@@ -37,8 +37,9 @@ type web struct {
 	verifier *verifier
 	policy   *policy
 	prefixes imagePrefixes
-	// publish writes the images to the ledger and publishes them, all or none.
-	publish func(ctx context.Context, images []string) (publication, error)
+	// publish writes the images to the ledger and publishes them, all or none: none,
+	// with T 0, if more of them are new than mayAdd.
+	publish func(ctx context.Context, images []string, mayAdd int) (publication, error)
 	quota   quota
 	denials logLimit
 }
@@ -168,14 +169,16 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 		return c, nil, tell(http.StatusForbidden, err)
 	}
 	repository := c["repository_id"]
-	if !s.quota.take(repository, len(images)) {
-		err := fmt.Errorf("the repository has requested %d images that were new within a day, and more are refused; reuse tags", maxNewImages)
-		return c, nil, tell(http.StatusTooManyRequests, err)
-	}
-	p, err := s.publish(context.WithoutCancel(r.Context()), images)
-	s.quota.take(repository, p.added-len(images))
+	reserved := s.quota.take(repository, len(images))
+	// A client that hangs up must not keep the answer away, which says what it used.
+	p, err := s.publish(context.WithoutCancel(r.Context()), images, reserved)
+	s.quota.take(repository, p.added-reserved)
 	if err != nil {
 		return c, nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
+	}
+	if p.requestedAt == 0 {
+		err := fmt.Errorf("the repository has requested %d images that were new within a day, and more are refused; reuse tags", maxNewImages)
+		return c, nil, tell(http.StatusTooManyRequests, err)
 	}
 	return c, &accepted{Images: images, RequestedAt: formatTime(p.requestedAt), Subscribers: p.subscribers}, nil
 }
@@ -230,18 +233,17 @@ type quota struct {
 	used map[string]int // by repository_id
 }
 
-// take reports whether the repository may add n images. A negative n gives back.
-func (q *quota) take(repository string, n int) bool {
+// take reserves up to n new images for the repository, and returns how many. A
+// negative n gives back.
+func (q *quota) take(repository string, n int) int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.used == nil || time.Since(q.day) >= ledgerAge {
 		q.day, q.used = time.Now(), map[string]int{}
 	}
-	if n > 0 && q.used[repository]+n > maxNewImages {
-		return false
-	}
+	n = min(n, maxNewImages-q.used[repository])
 	q.used[repository] = max(0, q.used[repository]+n)
-	return true
+	return n
 }
 
 // logLimit bounds the log lines about unauthenticated callers, who must not be able

@@ -377,6 +377,8 @@ func TestQuota(t *testing.T) {
 	}
 	jobs.Wait()
 	post(nil, body(maxNewImages, 1), 429, `{"error":"the repository has requested 2000 images that were new`)
+	post(nil, body(maxNewImages-1, 2), 429, "reuse tags")
+	post(nil, body(0, 20), 202, "")
 	other := map[string]any{"repository": "acme/web", "repository_id": "7"}
 	post(other, body(maxNewImages, 1), 202, "")
 	if !w.logs.has(`"msg":"denied"`, `"status":429`, "that were new") {
@@ -392,16 +394,19 @@ func TestQuota(t *testing.T) {
 func TestQuotaCountsNewImages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var q quota
-		if !q.take("1", maxNewImages) || q.take("1", 1) || !q.take("2", 1) {
-			t.Error("the quota is not per repository")
-		}
-		q.take("1", -2)
-		if !q.take("1", 2) || q.take("1", 1) {
-			t.Error("what was given back cannot be taken")
+		for _, step := range []struct {
+			repository string
+			n, taken   int
+		}{
+			{"1", maxNewImages - 1, maxNewImages - 1}, {"1", 2, 1}, {"1", 1, 0}, {"2", 1, 1}, {"1", -2, -2}, {"1", 3, 2},
+		} {
+			if taken := q.take(step.repository, step.n); taken != step.taken {
+				t.Errorf("%v: took %d", step, taken)
+			}
 		}
 		time.Sleep(ledgerAge)
 		q.take("1", -5) // was taken a day ago
-		if !q.take("1", maxNewImages) || q.take("1", 1) {
+		if q.take("1", maxNewImages+1) != maxNewImages {
 			t.Error("a day later")
 		}
 	})
@@ -457,7 +462,7 @@ func TestDenialsAreNotLogged(t *testing.T) {
 // A bug is answered, and logged with where it is.
 func TestPanic(t *testing.T) {
 	w := newTestWeb(t, "")
-	w.handler.(*web).publish = func(context.Context, []string) (publication, error) { panic("at the disco") }
+	w.handler.(*web).publish = func(context.Context, []string, int) (publication, error) { panic("at the disco") }
 	w.expect("panic", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 500, `{"error":"Internal Server Error","requestId":"`)
 	if !w.logs.has(`"level":"ERROR"`, `"status":500`, "panic: at the disco", "web_test.go", `"repository":"acme/api"`) {
 		t.Error("the bug is not logged")
