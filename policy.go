@@ -52,6 +52,9 @@ func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
 	return &policy{owners, ownerIDs, rules}
 }
 
+// maxReasons bounds the log line about a job that no rule lets in.
+const maxReasons = 16
+
 // checkClaims is nil if the job may ask for anything at all. Its error is for the
 // log: it says for each rule which claim does not match.
 func (p *policy) checkClaims(c claims) error {
@@ -65,6 +68,9 @@ func (p *policy) checkClaims(c claims) error {
 			return nil
 		}
 		reasons = append(reasons, fmt.Sprintf("%s: %s is %s", r.name, unmet.claim, c.show(unmet.claim)))
+	}
+	if n := len(reasons); n > maxReasons {
+		reasons = append(reasons[:maxReasons], fmt.Sprintf("and %d more", n-maxReasons))
 	}
 	return fmt.Errorf("no rule matches the claims: %s", strings.Join(reasons, "; "))
 }

@@ -129,6 +129,7 @@ func TestTrustPolicy(t *testing.T) {
 	}{
 		{designPolicy, nil, []string{apiDev}, ""},
 		{designPolicy, claims{"ref": "refs/heads/x"}, []string{apiDev}, "rule 1: ref is refs/heads/x; rule 2: environment is absent"},
+		{strings.Repeat(designPolicy, 50), claims{"ref": "x"}, []string{apiDev}, "rule 16: environment is absent or not a string; and 84 more"},
 		{designPolicy, nil, []string{apiV1}, denied + apiV1}, {designPolicy, nil, []string{webDev}, denied + webDev},
 		{designPolicy, nil, []string{"ghcr.io/acme/api-evil:dev"}, denied}, {designPolicy, nil, []string{"ghcr.io/acme/api:dev2"}, denied},
 		{designPolicy, nil, []string{"evil.io/ghcr.io/acme/api:dev"}, denied},
