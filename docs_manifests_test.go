@@ -168,7 +168,8 @@ func TestManifestsRestartOnly(t *testing.T) {
 	account := manifests(t)["ServiceAccount worker"].Metadata
 	text := readDoc(t, "k8s/45-worker-restart-only.yaml")
 	for _, part := range []string{
-		"kind: ValidatingAdmissionPolicyBinding\n", "failurePolicy: Fail\n", "validationActions: [Deny]\n", "'kubectl.kubernetes.io/restartedAt'",
+		"kind: ValidatingAdmissionPolicyBinding\n", "failurePolicy: Fail\n", "validationActions: [Deny]\n", "'" + restartedAtAnnotation + "'",
+		"['" + fieldManager + "', 'Update', 'apps/v1', '']\n",
 		"request.userInfo.username == 'system:serviceaccount:" + account.Namespace + ":" + account.Name + "'\n",
 	} {
 		if !strings.Contains(text, part) {

@@ -102,7 +102,7 @@ func TestRestartOnly(t *testing.T) {
 	shop := client.Resource(deploymentsResource).Namespace("shop")
 	patch := func(kind types.PatchType, body string, subresources ...string) func(context.Context) error {
 		return func(ctx context.Context) error {
-			_, err := shop.Patch(ctx, d.name, kind, []byte(body), metav1.PatchOptions{}, subresources...)
+			_, err := shop.Patch(ctx, d.name, kind, []byte(body), metav1.PatchOptions{FieldManager: fieldManager}, subresources...)
 			return err
 		}
 	}
@@ -111,6 +111,13 @@ func TestRestartOnly(t *testing.T) {
 	}
 	restart := func(more string) func(context.Context) error {
 		return merge(`{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"2026-11-21T02:00:00.123456Z"` + more)
+	}
+	at := func(value string, options ...string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			body := fmt.Appendf(nil, `{"spec":{"template":{"metadata":{"annotations":{%q:%q}}}}}`, restartedAtKey, value)
+			_, err := shop.Patch(ctx, d.name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager, DryRun: options})
+			return err
+		}
 	}
 	core := func(resource string) schema.GroupVersionResource {
 		return schema.GroupVersionResource{Version: "v1", Resource: resource}
@@ -178,6 +185,11 @@ func TestRestartOnly(t *testing.T) {
 		{"restartedAt taken away", policyRefused, merge(`{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":null}}}}}`)},
 		{"all annotations taken away", policyRefused, merge(`{"spec":{"template":{"metadata":{"annotations":null}}}}`)},
 		{"restartedAt that is no time", policyRefused, merge(`{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"anything"}}}}}`)},
+		{"restartedAt that is no time of a day", policyRefused, at("2026-11-21T24:00:00.123456Z")},
+		{"restartedAt in no month", policyRefused, at("9999-99-99T99:99:99.999999Z")},
+		{"restartedAt on February 29 of a short year", policyRefused, at("2026-02-29T02:00:00.123456Z")},
+		{"restartedAt on February 29 of 2100", policyRefused, at("2100-02-29T02:00:00.123456Z")},
+		{"restartedAt on April 31", policyRefused, at("2026-04-31T02:00:00.123456Z")},
 		{"server-side apply of an image", policyRefused, func(ctx context.Context) error {
 			_, err := shop.Apply(ctx, d.name, &unstructured.Unstructured{Object: map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata(d.name),
 				"spec": map[string]any{"template": map[string]any{"spec": map[string]any{"containers": []any{map[string]any{"name": "main-0", "image": "ghcr.io/evil/api:dev"}}}}}}},
@@ -232,6 +244,8 @@ func TestRestartOnly(t *testing.T) {
 			cancel()
 			if by, _ := refusedBy(err); by != a.by {
 				t.Errorf("%s: refused by %s; want %s", a.what, by, a.by)
+			} else if strings.Contains(err.Error(), "managedFields") {
+				t.Errorf("%s: refused only because the worker would own it: %v", a.what, err)
 			} else {
 				count[a.by]++
 			}
@@ -240,6 +254,12 @@ func TestRestartOnly(t *testing.T) {
 	try(attempts)
 	if after := asJSON(c.get(t, d).Object); after != before {
 		t.Errorf("the Deployment was changed:\nbefore %s\nafter  %s", before, after)
+	}
+
+	for _, date := range []string{"2028-02-29", "2000-02-29", "2026-01-01", "2026-04-30", "2026-12-31", "1970-01-01"} {
+		if err := at(date+"T23:59:59.999999Z", metav1.DryRunAll)(t.Context()); err != nil {
+			t.Errorf("restartedAt on %s: %v", date, err)
+		}
 	}
 
 	// The policy still holds if somebody grants the worker too much by mistake.
