@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"regexp"
 	"slices"
@@ -74,7 +73,7 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 	if err != nil {
 		return usageError{err}
 	}
-	return printDecision(cfg, members, images, stdout, getenv)
+	return printDecision(cfg, members, images, stdout)
 }
 
 // readMembers reads a token, which it only decodes, or a JSON object of claims.
@@ -99,12 +98,12 @@ func readMembers(stdin io.Reader) (map[string]any, error) {
 
 // printDecision asks what web.event asks, in the same order. web stops at the
 // first denial; explain prints the rest as well.
-func printDecision(cfg *explainConfig, members map[string]any, images []string, w io.Writer, getenv func(string) string) error {
+func printDecision(cfg *explainConfig, members map[string]any, images []string, w io.Writer) error {
 	line := func(name, text string) { fmt.Fprintf(w, "%-13s %s\n", name, text) }
 	verdict := func(name string, denial error) {
-		text := paint(w, getenv, green, "yes")
+		text := "yes"
 		if denial != nil {
-			text = paint(w, getenv, red, "no") + ": " + denial.Error()
+			text = "no: " + denial.Error()
 		}
 		line(name, text)
 	}
@@ -125,10 +124,10 @@ func printDecision(cfg *explainConfig, members map[string]any, images []string, 
 		verdict(r.name, r.explain(c, images))
 	}
 	if denial := cmp.Or(claimsDenial, p.checkClaims(c), prefixDenial, p.checkImages(c, images)); denial != nil {
-		line("answer", paint(w, getenv, red, "denied")+": "+denial.Error())
+		line("answer", "denied: "+denial.Error())
 		return errDenied
 	}
-	line("answer", paint(w, getenv, green, "allowed")+", if the token is valid")
+	line("answer", "allowed, if the token is valid")
 	return nil
 }
 
@@ -154,22 +153,4 @@ func (r *rule) explain(c claims, images []string) error {
 		return fmt.Errorf("the claims match, but %s is none of %s", images[n], joinPatterns(expand(r.images, c)))
 	}
 	return nil
-}
-
-// Colors for paint, as ANSI escape sequences.
-const (
-	red   = "\x1b[31m"
-	green = "\x1b[32m"
-)
-
-// paint colors text for a terminal, unless NO_COLOR is set (https://no-color.org).
-func paint(w io.Writer, getenv func(string) string, color, text string) string {
-	f, ok := w.(interface{ Stat() (fs.FileInfo, error) })
-	if !ok || getenv("NO_COLOR") != "" {
-		return text
-	}
-	if info, err := f.Stat(); err != nil || info.Mode()&fs.ModeCharDevice == 0 {
-		return text
-	}
-	return color + text + "\x1b[0m"
 }

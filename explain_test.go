@@ -6,13 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -167,27 +165,6 @@ func TestExplainEscapes(t *testing.T) {
 				if len(line) > 900 || strings.ContainsFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return r < ' ' || r > '~' }) {
 					t.Errorf("not fit for a terminal: %q", line)
 				}
-			}
-		}
-	}
-}
-
-// terminal is a buffer that says of itself what the file at a path is.
-type terminal struct {
-	bytes.Buffer
-	path string
-}
-
-func (w *terminal) Stat() (fs.FileInfo, error) { return os.Stat(w.path) }
-
-func TestExplainColors(t *testing.T) {
-	for file, colored := range map[[2]string]bool{{os.DevNull, ""}: true, {os.DevNull, "1"}: false, {"go.mod", ""}: false, {"absent", ""}: false} {
-		for event, want := range map[string]string{"push": "\x1b[32mallowed\x1b[0m", "pull_request": "\x1b[31mdenied\x1b[0m"} {
-			w, vars := &terminal{path: file[0]}, maps.Clone(explainEnv)
-			vars["NO_COLOR"] = file[1]
-			explain([]string{"--image=" + apiDev, "--claim=repository_owner=acme", "--claim=event_name=" + event}, env(vars), nil, w)
-			if strings.Contains(w.String(), want) != colored || strings.Contains(w.String(), "\x1b") != colored {
-				t.Errorf("%q: %q", file, w)
 			}
 		}
 	}

@@ -176,11 +176,8 @@ type headerConn struct {
 // error is answered with 400.
 func (c *headerConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	for _, char := range b[:n] {
-		if c.complete {
-			break
-		}
-		switch char {
+	for i := 0; i < n && !c.complete; i++ {
+		switch b[i] {
 		case '\r':
 		case '\n':
 			c.lines++
