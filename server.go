@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -50,11 +51,7 @@ const (
 // handler's whole work.
 func newServer(h http.Handler, headerTimeout time.Duration, log *slog.Logger) *http.Server {
 	s := &http.Server{
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			h.ServeHTTP(w, r)
-			// Otherwise net/http waits until ReadTimeout for a body that was not read.
-			http.NewResponseController(w).SetReadDeadline(time.Now().Add(lingerTimeout))
-		}),
+		Handler:           h,
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       5 * time.Second,
 		WriteTimeout:      15 * time.Second,
@@ -190,4 +187,13 @@ func (c *headerConn) Read(b []byte) (int, error) {
 		return 0, fmt.Errorf("more than %d header lines", maxHeaderLines)
 	}
 	return n, err
+}
+
+// Write sends an answer. net/http, which gives some by itself, would wait until
+// ReadTimeout for a body that was not read.
+func (c *headerConn) Write(b []byte) (int, error) {
+	if !bytes.HasPrefix(b, []byte("HTTP/1.1 100 ")) { // Continue: the body is wanted
+		c.SetReadDeadline(time.Now().Add(lingerTimeout))
+	}
+	return c.Conn.Write(b)
 }

@@ -335,7 +335,8 @@ func TestHeaderLines(t *testing.T) {
 func TestUnreadBody(t *testing.T) {
 	withService(t, http.NotFoundHandler(), alwaysReady, func(t *testing.T, s *testService) {
 		for _, l := range []*pipeListener{s.public, s.ops} {
-			for _, framing := range []string{"Content-Length: 100", "Content-Length: 1000000000", "Transfer-Encoding: chunked", "Content-Length: 100\r\nExpect: 100-continue"} {
+			for _, framing := range []string{"Content-Length: 100", "Content-Length: 1000000000", "Transfer-Encoding: chunked", "Content-Length: 100\r\nExpect: 100-continue",
+				"Content-Length: 100\r\nExpect: x"} { // net/http answers that by itself
 				conn, err := l.dial()
 				if err != nil {
 					t.Fatal(err)
@@ -343,10 +344,28 @@ func TestUnreadBody(t *testing.T) {
 				start := time.Now()
 				fmt.Fprintf(conn, "POST /nothing HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", framing)
 				answer, err := io.ReadAll(conn)
-				if took := time.Since(start); took > 500*time.Millisecond || !strings.HasPrefix(string(answer), "HTTP/1.1 404") {
+				if took := time.Since(start); took > 500*time.Millisecond || !strings.HasPrefix(string(answer), "HTTP/1.1 4") {
 					t.Errorf("%s: let go after %s, %v: %q", framing, took, err, answer)
 				}
 			}
+		}
+	})
+}
+
+// A client that was told to go on has as much time for its body as any other.
+func TestContinue(t *testing.T) {
+	echo := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) })
+	withService(t, echo, alwaysReady, func(t *testing.T, s *testService) {
+		conn, err := s.public.dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
+		io.CopyN(io.Discard, conn, int64(len("HTTP/1.1 100 Continue\r\n\r\n")))
+		time.Sleep(2 * lingerTimeout)
+		fmt.Fprint(conn, "body")
+		if answer, err := io.ReadAll(conn); !strings.HasSuffix(string(answer), "\r\n\r\nbody") {
+			t.Errorf("%q, %v", answer, err)
 		}
 	})
 }
