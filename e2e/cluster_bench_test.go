@@ -71,13 +71,17 @@ func BenchmarkWorkerMemory(b *testing.B) {
 	}
 }
 
-// goMemLimit is the value of GOMEMLIMIT in a container's environment.
-func goMemLimit(b *testing.B, container map[string]any) string {
+// goMemLimit is the value of GOMEMLIMIT in a container's environment, which may be
+// its memory request.
+func goMemLimit(b testing.TB, container map[string]any) string {
 	b.Helper()
 	env, _, _ := unstructured.NestedSlice(container, "env")
 	for _, variable := range env {
 		if v := variable.(map[string]any); v["name"] == "GOMEMLIMIT" {
-			return v["value"].(string)
+			if value, ok := v["value"].(string); ok {
+				return value
+			}
+			return fmt.Sprint(memoryOf(b, container, "requests"))
 		}
 	}
 	b.Fatal("the container has no GOMEMLIMIT")

@@ -3,66 +3,62 @@ package e2e
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
 
 // BenchmarkWebMemory justifies the memory of web in k8s/: the peak of its resident
-// set under the worst that unauthenticated callers can do. As many as it accepts
-// send headers of the greatest length without the last byte, or complete requests,
-// and reconnect when they are cut off. It fails if the peak exceeds the limit.
+// set under each of the worst that callers can do. As many as it accepts send headers
+// of all shapes without the last byte, complete requests, or, with valid tokens, the
+// greatest bodies without the last byte, and reconnect when they are cut off. It
+// fails if a peak exceeds the limit.
 //
 //	go test -run '^$' -bench WebMemory -benchtime 1x
 func BenchmarkWebMemory(b *testing.B) {
-	const connections = 1024
-	container := manifestContainer(b, "../k8s/30-web.yaml", "web")
-	web := startWeb(b, startValkey(b).addr, fmt.Sprintf("GOMEMLIMIT=%d", memoryOf(b, container, "requests")))
-	idle := memoryKiB(b, web, "VmHWM")
-	address := strings.TrimPrefix(web.url, "http://")
-	token := github.mint(time.Now().Add(-time.Hour), nil) // expired, but signed
-	for b.Loop() {
-		until := time.Now().Add(15 * time.Second)
-		var clients sync.WaitGroup
-		for i := range connections {
-			clients.Go(func() {
-				for time.Now().Before(until) {
-					if conn, err := net.Dial("tcp", address); err == nil {
-						_ = conn.SetDeadline(until)
-						if i%2 == 0 {
-							stallHeader(conn)
-						} else {
-							repeatRequest(conn, token)
-						}
-						conn.Close()
-					}
-					time.Sleep(10 * time.Millisecond)
-				}
-			})
-		}
-		clients.Wait()
+	for _, shape := range headerShapes {
+		benchmarkWebMemory(b, shape.name, func(conn net.Conn) {
+			_, _ = io.WriteString(conn, shape.header)
+			hold(conn)
+		})
 	}
-	if status, body, err := web.probe("/readyz"); err != nil || status != http.StatusOK {
-		b.Errorf("/readyz: %d %s %v", status, body, err)
-	}
-	peak := memoryKiB(b, web, "VmHWM")
-	b.ReportMetric(float64(idle)/1024, "idle-MiB")
-	b.ReportMetric(float64(peak)/1024, "peak-MiB")
-	if limit := memoryOf(b, container, "limits"); int64(peak)<<10 > limit {
-		b.Errorf("the peak is %d KiB, and k8s/ limits it to %d", peak, limit>>10)
+	expired := github.mint(time.Now().Add(-time.Hour), nil)
+	benchmarkWebMemory(b, "whole requests", func(conn net.Conn) { repeatRequest(conn, expired) })
+	valid := github.mint(time.Now(), map[string]any{"environment": strings.Repeat("x", 4<<10)})
+	body := `{"image":"` + strings.Repeat("x", 16_300)
+	trailers := strings.Repeat("abc:\n", 800)
+	for name, rest := range map[string]string{
+		"jobs without the end of the body": "Content-Length: 16384\r\n\r\n" + body,
+		"jobs without the last trailer":    "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + trailers,
+		"jobs with trailers":               "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + trailers + "\r\n",
+	} {
+		benchmarkWebMemory(b, name, func(conn net.Conn) {
+			_, _ = io.WriteString(conn, post+"Content-Type: application/json\r\nAuthorization: Bearer "+valid+"\r\n"+rest)
+			hold(conn)
+		})
 	}
 }
 
-// stallHeader sends nearly all of the longest header that web takes, and waits.
-func stallHeader(conn net.Conn) {
-	fmt.Fprint(conn, "POST /event HTTP/1.1\r\nHost: web\r\n")
-	for i := range 18 {
-		fmt.Fprintf(conn, "X-%d: %s\r\n", i, strings.Repeat("x", 1000))
-	}
-	_, _ = conn.Read(make([]byte, 1))
+func benchmarkWebMemory(b *testing.B, name string, attack func(conn net.Conn)) {
+	b.Run(name, func(b *testing.B) {
+		web := startLimitedWeb(b, startValkey(b).addr)
+		idle := memoryKiB(b, web, "VmHWM")
+		for b.Loop() {
+			swarm(hostOf(web.url), maxConnections, time.Now().Add(6*time.Second), 10*time.Millisecond, func(conn net.Conn, _ int) { attack(conn) })
+		}
+		if status, body, err := web.probe("/readyz"); err != nil || status != http.StatusOK {
+			b.Errorf("/readyz: %d %s %v", status, body, err)
+		}
+		peak := memoryKiB(b, web, "VmHWM")
+		b.ReportMetric(float64(idle)/1024, "idle-MiB")
+		b.ReportMetric(float64(peak)/1024, "peak-MiB")
+		if limit := memoryOf(b, manifestContainer(b, "../k8s/30-web.yaml", "web"), "limits"); int64(peak)<<10 > limit {
+			b.Errorf("the peak is %d KiB, and k8s/ limits it to %d", peak, limit>>10)
+		}
+	})
 }
 
 // repeatRequest sends requests for as long as web takes them.
