@@ -52,8 +52,7 @@ func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
 	return &policy{owners, ownerIDs, rules}
 }
 
-// maxReasons bounds the log line about a job that no rule lets in.
-const maxReasons = 16
+const maxReasons = 16 // in the log line about a job that no rule lets in
 
 // checkClaims is nil if the job may ask for anything at all. Its error is for the
 // log: it says for each rule which claim does not match.

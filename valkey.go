@@ -41,19 +41,17 @@ const (
 	// slots of valkey-go's ring: a command that waits for a slot ignores its context.
 	maxPublishing = 256
 
-	// maxElement bounds an element of what Valkey sends to the worker, and the
-	// elements of a list. A message or an entry is shorter than maxMessageBytes, and
-	// a list has ledgerPage entries.
+	// maxElement bounds each text that Valkey sends, and the elements of each list.
+	// Messages and entries have less than maxMessageBytes.
 	maxElement = 16 << 10
 )
 
 // publishScript writes the images ARGV[3..] to the ledger KEYS[1] and publishes
 // them on the channel ARGV[1], all or none: none, with T 0, if more of them are new
-// than ARGV[2]. They share one T: Valkey's time, or
-// one more than the newest T in the ledger, so that T grows over all images
-// whatever becomes of the clock. Entries more than a day ahead are dated anew.
-// Old entries are removed only when the bound is near: a clock that is ahead for
-// a while must delete nothing.
+// than ARGV[2]. They share one T: Valkey's time, or one more than the newest T in
+// the ledger, so that T grows over all images whatever becomes of the clock. Entries
+// more than a day ahead are dated anew. Old entries are removed only when the bound
+// is near: a clock that is ahead for a while must delete nothing.
 //
 // Scores are formatted with %.0f because Lua prints 14 digits; a double holds
 // these 16 exactly until the year 2255. The message is concatenated because cjson
@@ -362,10 +360,7 @@ func dialValkey(ctx context.Context, addr string, dialer *net.Dialer, config *tl
 		dial = (&tls.Dialer{NetDialer: dialer, Config: config}).DialContext
 	}
 	conn, err := dial(ctx, "tcp", addr)
-	if err != nil {
-		return nil, err
-	}
-	return &boundedConn{Conn: conn}, nil
+	return &boundedConn{Conn: conn}, err
 }
 
 // boundedConn fails before valkey-go makes room for an element that is too large.
