@@ -104,11 +104,10 @@ func TestVerifyRefuses(t *testing.T) {
 		"token: not a signed JWT": {good + "==", stdAlphabet, good + " ", h + ".\t" + p + "." + s, good + "\x00", good + "AAA"}, // AAA: a length of 1 modulo 4
 
 		"header: not base64url": {" " + good, `{"payload":"` + p + `","x":"..","signature":"` + s + `"}`},
-		"header: not UTF-8":     {rawHeader("{\"alg\":\"RS256\",\"kid\":\"\xff\"}")},
 		"header: not a JSON object": {"." + p + "." + s, rawHeader(`["RS256"]`), rawHeader(`null`), rawHeader(header[:len(header)-1]),
-			rawHeader(header[:len(header)-1] + `,"alg":"RS256"}`), rawHeader(header[:len(header)-1] + `,"k\u0069d":"x"}`)}, // members twice
-		"header: more than one JSON object": {rawHeader(header + header)},
-		"header: alg is absent":             {rawHeader(`{}`), rawHeader(strings.Replace(header, `"alg"`, `"Alg"`, 1))},
+			rawHeader(header[:len(header)-1] + `,"alg":"RS256"}`), rawHeader(header[:len(header)-1] + `,"k\u0069d":"x"}`), // members twice
+			rawHeader("{\"alg\":\"RS256\",\"kid\":\"\xff\"}"), rawHeader(header + header)},
+		"header: alg is absent": {rawHeader(`{}`), rawHeader(strings.Replace(header, `"alg"`, `"Alg"`, 1))},
 		"header: alg is ": {b64([]byte(`{"alg":"none","kid":"x"}`)) + "." + p + ".", input("HS256") + "." + b64(mac.Sum(nil)), // with the public key
 			signedBy("RS384", key, crypto.SHA384), signedBy("RS512", key, crypto.SHA512), signedBy("PS256", key, pss), signedBy("ES256", elliptical, crypto.SHA256)},
 		`header: kid ../../etc/passwd\n is none of the issuer's 1 keys`: {issuer.withHeader("kid", "../../etc/passwd\n")},
@@ -117,11 +116,10 @@ func TestVerifyRefuses(t *testing.T) {
 		"signature: not made with key": {h + ".." + s, h + "." + p + ".", h + "." + p + ".AAAA", h + "." + p + "." + b64(make([]byte, 256)),
 			h + "." + p + "." + b64(append([]byte{0}, unb64(t, s)...)), h + "." + b64([]byte(strings.Replace(payload, "acme", "evil", 1))) + "." + s,
 			signedBy("RS256", key, crypto.SHA384), signedBy("RS256", key, pss), signedBy("RS256", elliptical, crypto.SHA256), signedBy("RS256", foreign, crypto.SHA256)},
-		"payload: not UTF-8": {rawClaim("\"x\":\"\xff\"")},
 		"payload: not a JSON object": {rawPayload("[" + payload + "]"), rawPayload("null"), rawPayload(`"x"`), rawPayload("1"), rawPayload(" "),
 			rawPayload("\ufeff" + payload), rawClaim(`/**/"x":1`), rawClaim("\"x\":\"a\nb\""), rawClaim(`"repository":"acme/api"`),
-			rawClaim(`"rep\u006fsitory":"evil/api"`)},
-		"payload: more than one JSON object": {rawPayload(payload + payload), rawPayload(payload + "x")},
+			rawClaim(`"rep\u006fsitory":"evil/api"`), rawClaim(`"x":[{"a":1,"\u0061":2}]`),
+			rawClaim("\"x\":\"\xff\""), rawPayload(payload + payload), rawPayload(payload + "x")},
 
 		"claim iss is absent":                 {rawPayload(`{}`)},
 		"claim aud is absent":                 {issuer.with(map[string]any{"aud": nil, "sub": nil, "exp": now + 6*3600})}, // a runner's own credential
@@ -160,7 +158,7 @@ func TestVerifyRefuses(t *testing.T) {
 		"exp": {nil, null, fmt.Sprint(now + 300), number(fmt.Sprint(now+300, ".5")), number(fmt.Sprintf("%d.0", now+300)), number("17e8"), 0, -1,
 			number("99999999999999999999"), []int64{now + 300}, true, now + 10*365*86400, now + 901},
 		"iat":                 {nil, null, fmt.Sprint(now), number(fmt.Sprintf("%d.5", now))},
-		"nbf":                 {nil, null, "0"},
+		"nbf":                 {nil, null, "0", 0, -1},
 		"sub":                 {nil, null, ""},
 		"repository":          {nil, null, "evil/api", "acme-evil/api", "ACME/api", "acme/", "api", "acme", "acme/api/x"},
 		"repository_owner":    {nil, null, 1},
@@ -413,8 +411,10 @@ func BenchmarkVerify(b *testing.B) {
 	}{
 		{"valid", issuer.token(b, issuer.claims()), true},
 		{"unknown kid", issuer.sign(string(jsonBytes(forged)), string(jsonBytes(issuer.claims()))), false},
+		{"duplicates nested deeply", issuer.sign(strings.Repeat(`{"":`, 900)+"{"+strings.Repeat(`"":1,`, 200)+`"":1}`+strings.Repeat("}", 900), ""), false},
 	} {
 		b.Run(test.name, func(b *testing.B) {
+			b.ReportAllocs()
 			for b.Loop() {
 				if _, err := v.verify(test.token); (err == nil) != test.valid {
 					b.Fatal(err)
