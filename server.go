@@ -33,6 +33,10 @@ const (
 	// that callers get a 503 at once while Valkey is silent.
 	maxConnections = 1024
 
+	// maxHeaderBytes leaves 2 KiB beside the longest token. It bounds the memory of
+	// all connections together.
+	maxHeaderBytes = 10 << 10
+
 	// maxHeaderLines bounds what net/http allocates for a header, which for tiny
 	// lines is far more than their bytes. A job sends fewer than 20 lines.
 	maxHeaderLines = 100
@@ -55,8 +59,9 @@ func newServer(h http.Handler, headerTimeout time.Duration, log *slog.Logger) *h
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       5 * time.Second,
 		WriteTimeout:      15 * time.Second,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // clients' mistakes
+		MaxHeaderBytes:    maxHeaderBytes - 4<<10, // net/http adds 4 KiB
+		// Clients' mistakes.
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		// net/http would answer OPTIONS * without asking the handler.
 		DisableGeneralOptionsHandler: true,
 	}
