@@ -179,8 +179,7 @@ func runWeb(ctx context.Context, args []string, getenv func(string) string, stdo
 	if err != nil {
 		return err
 	}
-	// The default would collect web's few MiB a hundred times a second under load. The
-	// limit bounds what a higher one lets the heap grow to.
+	// The default would collect web's few MiB a hundred times a second under load.
 	debug.SetGCPercent(400)
 	if getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(48 << 20)

@@ -33,12 +33,9 @@ const (
 	// that callers get a 503 at once while Valkey is silent.
 	maxConnections = 1024
 
-	// maxHeaderBytes leaves 2 KiB beside the longest token. It bounds the memory of
-	// all connections together.
-	maxHeaderBytes = 10 << 10
-
-	// maxHeaderLines bounds what net/http allocates for a header, which for tiny
-	// lines is far more than their bytes. A job sends fewer than 20 lines.
+	maxHeaderBytes = 10 << 10 // a token has up to 8 KiB
+	// For tiny lines, net/http allocates far more than their bytes. A job sends fewer
+	// than 20 lines.
 	maxHeaderLines = 100
 
 	// Idle clients may have every place of a port. A probe must get its turn within
@@ -46,8 +43,7 @@ const (
 	headerTimeout    = time.Second
 	opsHeaderTimeout = 500 * time.Millisecond
 
-	// lingerTimeout is how long a client may send a body that is not read. If it
-	// were 0, the client might see its connection reset and miss the answer.
+	// A client that still sends its body might miss the answer if this were 0.
 	lingerTimeout = 100 * time.Millisecond
 )
 
@@ -59,9 +55,8 @@ func newServer(h http.Handler, headerTimeout time.Duration, log *slog.Logger) *h
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       5 * time.Second,
 		WriteTimeout:      15 * time.Second,
-		MaxHeaderBytes:    maxHeaderBytes - 4<<10, // net/http adds 4 KiB
-		// Clients' mistakes.
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		MaxHeaderBytes:    maxHeaderBytes - 4<<10,                            // net/http adds 4 KiB
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // clients' mistakes
 		// net/http would answer OPTIONS * without asking the handler.
 		DisableGeneralOptionsHandler: true,
 	}

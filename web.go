@@ -22,11 +22,9 @@ const (
 	// retryAfter is in seconds. Valkey and GitHub are usually back by then.
 	retryAfter = "2"
 
-	// maxNewImages is how many images a repository may add to the ledger in a day,
-	// so that none can fill it.
-	maxNewImages = maxLedger / 10
+	maxNewImages = maxLedger / 10 // that a repository may add to the ledger in a day
 
-	// maxDenialLines is for the callers without a valid token, in each denialInterval.
+	// In each interval, so many denials without a valid token are logged.
 	maxDenialLines = 50
 	denialInterval = 10 * time.Second
 )
@@ -246,8 +244,7 @@ func (q *quota) take(repository string, n int) int {
 	return n
 }
 
-// logLimit bounds the log lines about unauthenticated callers, who must not be able
-// to rotate the other lines away.
+// logLimit keeps unauthenticated callers from rotating the other log lines away.
 type logLimit struct{ lines atomic.Int64 }
 
 // allow reports whether there may be one more line. It logs how many there were not.
