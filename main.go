@@ -158,8 +158,7 @@ func start(mode string, cfg configuration, common *commonConfig, args []string, 
 	return log, nil
 }
 
-// unquote undoes what strconv.QuoteToASCII need not have done.
-var unquote = strings.NewReplacer(`\\`, `\`, `\"`, `"`)
+var unquote = strings.NewReplacer(`\\`, `\`, `\"`, `"`) // what QuoteToASCII need not escape
 
 // sanitize makes text from outside fit for a line of a log or an error:
 // printable ASCII as it is, anything else escaped, and at most 200 bytes of it.

@@ -52,8 +52,6 @@ func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
 	return &policy{owners, ownerIDs, rules}
 }
 
-const maxReasons = 16 // in the log line about a job that no rule lets in
-
 // checkClaims is nil if the job may ask for anything at all. Its error is for the
 // log: it says for each rule which claim does not match.
 func (p *policy) checkClaims(c claims) error {
@@ -68,8 +66,8 @@ func (p *policy) checkClaims(c claims) error {
 		}
 		reasons = append(reasons, fmt.Sprintf("%s: %s is %s", r.name, unmet.claim, c.show(unmet.claim)))
 	}
-	if n := len(reasons); n > maxReasons {
-		reasons = append(reasons[:maxReasons], fmt.Sprintf("and %d more", n-maxReasons))
+	if most := 16; len(reasons) > most { // a log line has a bound
+		reasons = append(reasons[:most], fmt.Sprintf("and %d more", len(reasons)-most))
 	}
 	return fmt.Errorf("no rule matches the claims: %s", strings.Join(reasons, "; "))
 }

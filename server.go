@@ -34,9 +34,7 @@ const (
 	maxConnections = 1024
 
 	maxHeaderBytes = 10 << 10 // a token has up to 8 KiB
-	// For tiny lines, net/http allocates far more than their bytes. A job sends fewer
-	// than 20 lines.
-	maxHeaderLines = 100
+	maxHeaderLines = 100      // net/http allocates far more than the bytes of tiny lines
 
 	// Idle clients may have every place of a port. A probe must get its turn within
 	// probeTimeout nevertheless.

@@ -22,10 +22,8 @@ const (
 	// retryAfter is in seconds. Valkey and GitHub are usually back by then.
 	retryAfter = "2"
 
-	maxNewImages = maxLedger / 10 // that a repository may add to the ledger in a day
-
-	// In each interval, so many denials without a valid token are logged.
-	maxDenialLines = 50
+	maxNewImages   = maxLedger / 10 // that a repository may add to the ledger in a day
+	maxDenialLines = 50             // about callers without a valid token, in denialInterval
 	denialInterval = 10 * time.Second
 )
 
@@ -166,11 +164,10 @@ func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accept
 	if err := s.policy.checkImages(c, images); err != nil {
 		return c, nil, tell(http.StatusForbidden, err)
 	}
-	repository := c["repository_id"]
-	reserved := s.quota.take(repository, len(images))
+	reserved := s.quota.take(c["repository_id"], len(images))
 	// A client that hangs up must not keep the answer away, which says what it used.
 	p, err := s.publish(context.WithoutCancel(r.Context()), images, reserved)
-	s.quota.take(repository, p.added-reserved)
+	s.quota.take(c["repository_id"], p.added-reserved)
 	if err != nil {
 		return c, nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
 	}
