@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -267,18 +268,25 @@ func TestInFlightAtSIGTERM(t *testing.T) {
 	web := startWeb(t, network.addr)
 	c := newClient(web.url)
 	network.set(stall)
-	done := make(chan error, 1)
-	go func() { done <- g.journal.push(t.Context(), c, g.images[0]) }()
+	var a answer
+	var err error
+	var job sync.WaitGroup
+	asked := time.Now()
+	job.Go(func() { a, err = c.post(t.Context(), github.mint(asked, nil), imageBody(g.images[0])) })
 	time.Sleep(300 * time.Millisecond)
 	web.signal(syscall.SIGTERM)
 	time.Sleep(500 * time.Millisecond)
 	network.set(pass)
-	if err := <-done; err != nil {
-		t.Error(err)
+	job.Wait()
+	if err != nil {
+		t.Fatalf("the request in flight was not answered: %v", err)
 	}
-	if g.journal.retries > 0 {
-		t.Error("the request in flight was not answered")
+	_, at, err := a.accepted()
+	if err != nil {
+		t.Fatal(err)
 	}
+	g.journal.add(g.images[0], at, asked)
+	g.journal.repeat(g.images[0], a.tries()-1)
 	if code := web.exitCode(t, 10*time.Second); code != 0 {
 		t.Errorf("web exited with %d", code)
 	}
