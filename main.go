@@ -158,14 +158,15 @@ func start(mode string, cfg configuration, common *commonConfig, args []string, 
 	return log, nil
 }
 
-var unquote = strings.NewReplacer(`\\`, `\`, `\"`, `"`) // what QuoteToASCII need not escape
-
 // sanitize makes text from outside fit for a line of a log or an error:
 // printable ASCII as it is, anything else escaped, and at most 200 bytes of it.
 func sanitize(s string) string {
 	const limit = 200
+	if len(s) <= limit && !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return s
+	}
 	quoted := strconv.QuoteToASCII(s[:min(len(s), limit)])
-	text := unquote.Replace(quoted[1 : len(quoted)-1])
+	text := strings.NewReplacer(`\\`, `\`, `\"`, `"`).Replace(quoted[1 : len(quoted)-1])
 	if len(s) > limit {
 		text += "..."
 	}

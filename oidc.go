@@ -68,7 +68,8 @@ type verifier struct {
 	now      func() time.Time
 
 	keys       atomic.Pointer[keySet]
-	unknownKid chan struct{} // one slot; tells run to fetch the keys soon
+	signed     atomic.Pointer[header] // of the last token that was
+	unknownKid chan struct{}          // one slot; tells run to fetch the keys soon
 }
 
 // keySet is the result of one fetch. It is replaced as a whole, never changed.
@@ -90,15 +91,26 @@ func newVerifier(issuer, audience string, client *http.Client, log *slog.Logger,
 // errNoKeys is a denial; it is for the log and never repeats the token. Nothing in
 // the payload is read before the signature is known to be good.
 func (v *verifier) verify(token string) (claims, error) {
-	kid, err := checkHeader(token)
-	if err != nil {
-		return nil, err
+	switch n := strings.Count(token, ".") + 1; {
+	case len(token) > maxTokenBytes:
+		return nil, fmt.Errorf("token: %d bytes, expected at most %d", len(token), maxTokenBytes)
+	case n != 3:
+		return nil, fmt.Errorf("token: %d segments, expected 3", n)
+	case strings.Contains(token, "\r") || strings.Contains(token, "\n"): // encoding/base64 skips them
+		return nil, errors.New("token: has a line break")
+	}
+	segment, _, _ := strings.Cut(token, ".")
+	h, err := v.signed.Load(), error(nil)
+	if h == nil || h.segment != segment {
+		if h, err = checkHeader(segment); err != nil {
+			return nil, err
+		}
 	}
 	set, err := v.usableKeys()
 	if err != nil {
 		return nil, err
 	}
-	key := set.byID[kid]
+	key := set.byID[h.kid]
 	if key == nil {
 		// GitHub publishes a key long before it signs with it, so a fetch in the
 		// background comes early enough.
@@ -106,7 +118,7 @@ func (v *verifier) verify(token string) (claims, error) {
 		case v.unknownKid <- struct{}{}:
 		default:
 		}
-		return nil, fmt.Errorf("header: kid %s is none of the issuer's %d keys", sanitize(kid), len(set.byID))
+		return nil, fmt.Errorf("header: kid %s is none of the issuer's %d keys", sanitize(h.kid), len(set.byID))
 	}
 	signed, err := jose.ParseSignedCompact(token, signatureAlgorithms)
 	if err != nil {
@@ -114,8 +126,9 @@ func (v *verifier) verify(token string) (claims, error) {
 	}
 	payload, err := signed.Verify(key)
 	if err != nil {
-		return nil, fmt.Errorf("signature: not made with key %s", sanitize(kid))
+		return nil, fmt.Errorf("signature: not made with key %s", sanitize(h.kid))
 	}
+	v.signed.Store(h)
 	members, err := decodeObject(payload)
 	if err != nil {
 		return nil, fmt.Errorf("payload: %w", err)
@@ -123,44 +136,37 @@ func (v *verifier) verify(token string) (claims, error) {
 	return v.checkClaims(members)
 }
 
-// checkHeader returns the kid. It runs before go-jose, which parses embedded keys
-// and certificates as well.
-func checkHeader(token string) (kid string, err error) {
-	switch n := strings.Count(token, ".") + 1; {
-	case len(token) > maxTokenBytes:
-		return "", fmt.Errorf("token: %d bytes, expected at most %d", len(token), maxTokenBytes)
-	case n != 3:
-		return "", fmt.Errorf("token: %d segments, expected 3", n)
-	case strings.Contains(token, "\r") || strings.Contains(token, "\n"): // encoding/base64 skips them
-		return "", errors.New("token: has a line break")
-	}
-	segment, _, _ := strings.Cut(token, ".")
-	header, err := base64.RawURLEncoding.DecodeString(segment)
+// header is the first segment of a token. Tokens that are signed with one key share it.
+type header struct{ segment, kid string }
+
+// checkHeader runs before go-jose, which parses embedded keys and certificates as well.
+func checkHeader(segment string) (*header, error) {
+	decoded, err := base64.RawURLEncoding.DecodeString(segment)
 	if err != nil {
-		return "", errors.New("header: not base64url")
+		return nil, errors.New("header: not base64url")
 	}
 	// go-jose reads the header with this decoder, which is case-sensitive and refuses
 	// duplicates. unmarshalStrict takes milliseconds if these are nested deeply.
 	var members map[string]any
-	if !utf8.Valid(header) || josejson.Unmarshal(header, &members) != nil || members == nil {
-		return "", errors.New("header: not a JSON object") // the error may quote the token
+	if !utf8.Valid(decoded) || josejson.Unmarshal(decoded, &members) != nil || members == nil {
+		return nil, errors.New("header: not a JSON object") // the error may quote the token
 	}
 	for _, name := range forbiddenHeaders {
 		if _, ok := members[name]; ok {
-			return "", fmt.Errorf("header: member %s is not allowed", name)
+			return nil, fmt.Errorf("header: member %s is not allowed", name)
 		}
 	}
 	typ, hasType := members["typ"]
-	kid, _ = members["kid"].(string)
+	kid, _ := members["kid"].(string)
 	switch {
 	case members["alg"] != string(jose.RS256):
-		return "", fmt.Errorf("header: alg is %s, expected RS256", show(members["alg"]))
+		return nil, fmt.Errorf("header: alg is %s, expected RS256", show(members["alg"]))
 	case hasType && !strings.EqualFold(fmt.Sprint(typ), "JWT"): // RFC 7515, section 4.1.9
-		return "", fmt.Errorf("header: typ is %s, expected JWT", show(typ))
+		return nil, fmt.Errorf("header: typ is %s, expected JWT", show(typ))
 	case kid == "" || len(kid) > 256:
-		return "", fmt.Errorf("header: kid is %s, expected a string of 1 to 256 bytes", show(members["kid"]))
+		return nil, fmt.Errorf("header: kid is %s, expected a string of 1 to 256 bytes", show(members["kid"]))
 	}
-	return kid, nil
+	return &header{strings.Clone(segment), kid}, nil
 }
 
 // decodeObject decodes claims: one JSON object in UTF-8 (RFC 7519, section 7.2)
