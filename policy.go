@@ -66,7 +66,7 @@ func (p *policy) checkClaims(c claims) error {
 		}
 		reasons = append(reasons, fmt.Sprintf("%s: %s is %s", r.name, unmet.claim, c.show(unmet.claim)))
 	}
-	if most := 16; len(reasons) > most { // a log line has a bound
+	if most := 16; len(reasons) > most { // the log line is bounded
 		reasons = append(reasons[:most], fmt.Sprintf("and %d more", len(reasons)-most))
 	}
 	return fmt.Errorf("no rule matches the claims: %s", strings.Join(reasons, "; "))

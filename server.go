@@ -36,8 +36,7 @@ const (
 	maxHeaderBytes = 10 << 10 // a token has up to 8 KiB
 	maxHeaderLines = 100      // net/http allocates far more than the bytes of tiny lines
 
-	// Idle clients may have every place of a port. A probe must get its turn within
-	// probeTimeout nevertheless.
+	// If idle clients have every place, a probe gets its turn within probeTimeout.
 	headerTimeout    = time.Second
 	opsHeaderTimeout = 500 * time.Millisecond
 

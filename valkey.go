@@ -32,9 +32,7 @@ const (
 	maxLedger  = 20_000
 	ledgerPage = 100 // entries that the worker reads at once
 
-	// publishTimeout outlasts a restart of Valkey. Clients that never retry give up
-	// after 10 s.
-	publishTimeout   = 8 * time.Second
+	publishTimeout   = 8 * time.Second // Clients that never retry give up after 10.
 	valkeyRetryDelay = 250 * time.Millisecond
 
 	// maxPublishing bounds the requests that wait for Valkey, well below the 1,024
@@ -319,8 +317,7 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger) (valkey.Client, error) 
 	return client, nil
 }
 
-// valkeyError says what was being done and, where only an operator can help, what
-// to fix.
+// valkeyError says what was being done, and what only an operator can fix.
 func valkeyError(doing string, err error) error {
 	if err == nil {
 		return nil
@@ -328,8 +325,7 @@ func valkeyError(doing string, err error) error {
 	return fmt.Errorf("valkey: %s: %w%s", doing, err, valkeyHint(err))
 }
 
-// valkeyHint is empty for an error that passes by itself: Valkey restarts, loads,
-// fails over.
+// valkeyHint is empty for what passes by itself: Valkey restarts, loads, fails over.
 func valkeyHint(err error) string {
 	text := err.Error()
 	switch code, _, _ := strings.Cut(text, " "); {

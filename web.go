@@ -220,16 +220,14 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	enc.Encode(v)            // a client that is gone cannot be told
 }
 
-// quota counts the images that each repository has added to the ledger in the
-// present day of this process.
+// quota counts what each repository has added to the ledger on a day of this process.
 type quota struct {
 	mu   sync.Mutex
 	day  time.Time      // its beginning
 	used map[string]int // by repository_id
 }
 
-// take reserves up to n new images for the repository, and returns how many. A
-// negative n gives back.
+// take reserves up to n new images, and returns how many. A negative n gives back.
 func (q *quota) take(repository string, n int) int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
