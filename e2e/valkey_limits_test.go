@@ -52,6 +52,17 @@ func (m *manifestValkey) connect(user string) (net.Conn, error) {
 	return conn, nil
 }
 
+// mustConnect connects a user until the end of the test.
+func (m *manifestValkey) mustConnect(t *testing.T, user string) net.Conn {
+	t.Helper()
+	conn, err := m.connect(user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
 // peak is the most memory that Valkey had, in KiB.
 func (m *manifestValkey) peak(t testing.TB) int {
 	t.Helper()
@@ -167,16 +178,7 @@ func TestValkeyLimits(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			v := startManifestValkey(t, valkey.ClientOption{})
 			v.fill(t)
-			web, err := v.connect("web")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer web.Close()
-			worker, err := v.connect("worker")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer worker.Close()
+			web, worker := v.mustConnect(t, "web"), v.mustConnect(t, "worker")
 			answers, messages := bufio.NewReader(web), make(chan error, 1)
 			if _, err := worker.Write(resp("SUBSCRIBE", channel)); err != nil {
 				t.Fatal(err)
@@ -207,6 +209,7 @@ func TestValkeyLimits(t *testing.T) {
 			if err := v.runProbe(t, "livenessProbe"); err != nil {
 				t.Errorf("the livenessProbe: %v", err)
 			}
+			var err error
 			if attack.user == "worker" { // 10 MB of messages
 				for range 500 {
 					err = errors.Join(err, publish(strings.Repeat("x", 200), 100))
@@ -231,16 +234,7 @@ func TestValkeyLimits(t *testing.T) {
 func TestValkeyLimitsBusy(t *testing.T) {
 	t.Parallel()
 	v := startManifestValkey(t, valkey.ClientOption{})
-	web, err := v.connect("web")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer web.Close()
-	probe, err := v.connect("probe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer probe.Close()
+	web, probe := v.mustConnect(t, "web"), v.mustConnect(t, "probe")
 	if _, err := web.Write(resp("EVAL", "while true do end", "0")); err != nil {
 		t.Fatal(err)
 	}
