@@ -53,9 +53,6 @@ type policyConfig struct {
 	TrustPolicy   []rule   // empty: the default policy
 }
 
-// explainConfig is the configuration of explain, which can do without an audience.
-type explainConfig struct{ policyConfig }
-
 type workerConfig struct {
 	commonConfig
 	ImagePrefixes   imagePrefixes // the only images that may be restarted
@@ -112,7 +109,8 @@ func (c *webConfig) options() []option {
 	return slices.Concat(c.commonConfig.options(), []option{public}, c.policyOptions(true))
 }
 
-func (c *explainConfig) options() []option { return c.policyOptions(false) }
+// options are those of explain, which can do without an audience.
+func (c *policyConfig) options() []option { return c.policyOptions(false) }
 
 func (c *policyConfig) policyOptions(audienceRequired bool) []option {
 	return []option{

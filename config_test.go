@@ -26,7 +26,7 @@ var (
 // configurations are the subcommands with options, in the order in which
 // docs/configuration.md names them.
 func configurations() map[string]configuration {
-	return map[string]configuration{"web": &webConfig{}, "worker": &workerConfig{}, "explain": &explainConfig{}}
+	return map[string]configuration{"web": &webConfig{}, "worker": &workerConfig{}, "explain": &policyConfig{}}
 }
 
 // documentedOption is an option and the subcommands that have it.
@@ -68,7 +68,7 @@ func TestDefaults(t *testing.T) {
 	policy := policyConfig{ImagePrefixes: prefixes, Audience: "aud", Issuer: "https://token.actions.githubusercontent.com", Orgs: []string{"acme"}}
 	for mode, want := range map[string]configuration{
 		"web":     &webConfig{commonConfig: common, policyConfig: policy, ListenAddr: ":8080"},
-		"explain": &explainConfig{policy},
+		"explain": &policy,
 		"worker": &workerConfig{commonConfig: common, ImagePrefixes: prefixes, Kubeconfig: "/kubeconfig",
 			CatchUp: time.Hour, RestartInterval: 10 * time.Second, Concurrency: 16, ClusterName: "default"},
 	} {

@@ -37,7 +37,7 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 	}
 	var images []string
 	members := map[string]any{}
-	cfg := &explainConfig{}
+	cfg := &policyConfig{}
 	flags := flag.NewFlagSet("explain", flag.ContinueOnError)
 	flags.Func("claim", "name=value, a claim of the job; repeated for several; standard input is not read then", func(v string) error {
 		name, value, ok := strings.Cut(v, "=")
@@ -98,7 +98,7 @@ func readMembers(stdin io.Reader) (map[string]any, error) {
 
 // printDecision asks what web.event asks, in the same order. web stops at the
 // first denial; explain prints the rest as well.
-func printDecision(cfg *explainConfig, members map[string]any, images []string, w io.Writer) error {
+func printDecision(cfg *policyConfig, members map[string]any, images []string, w io.Writer) error {
 	line := func(name, text string) { fmt.Fprintf(w, "%-13s %s\n", name, text) }
 	verdict := func(name string, denial error) {
 		text := "yes"
@@ -133,7 +133,7 @@ func printDecision(cfg *explainConfig, members map[string]any, images []string, 
 
 // checkMembers makes web's checks that take no keys if the issuer is among the
 // members. They are made as of iat, because by now a token has usually expired.
-func checkMembers(cfg *explainConfig, members map[string]any) (claims, error) {
+func checkMembers(cfg *policyConfig, members map[string]any) (claims, error) {
 	c := stringClaims(members)
 	if members["iss"] == nil {
 		return c, nil

@@ -212,7 +212,7 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 		}
 		claims := issuer.claimsWith(changes)
 		token := issuer.token(t, claims)
-		cfg := &explainConfig{}
+		cfg := &policyConfig{}
 		if err := parseConfig("explain", cfg, nil, env(vars)); err != nil {
 			t.Fatal(err)
 		}
