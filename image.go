@@ -164,10 +164,7 @@ func parseContainerImage(image string) (ref string, pinned, ok bool) {
 		return "", false, false
 	}
 	_, pinned = named.(reference.Digested)
-	if !pinned {
-		named = reference.TagNameOnly(named)
-	}
-	tagged, ok := named.(reference.Tagged)
+	tagged, ok := reference.TagNameOnly(named).(reference.Tagged) // adds latest to a bare name
 	if !ok {
 		return "", false, false
 	}
