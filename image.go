@@ -238,18 +238,12 @@ func parseImagePrefixes(list string) (imagePrefixes, error) {
 // allows compares on path boundaries: ghcr.io/acme allows ghcr.io/acme/api:dev,
 // never ghcr.io/acme-evil/api:dev.
 func (p imagePrefixes) allows(image string) bool {
-	for _, prefix := range p {
-		rest, ok := strings.CutPrefix(image, prefix)
-		if !ok {
-			continue
-		}
+	return slices.ContainsFunc(p, func(prefix string) bool {
 		// A prefix may be a whole repository; what then follows is the tag. A
 		// bare host is followed by a path, never by what would be its port.
-		if strings.HasPrefix(rest, "/") || strings.Contains(prefix, "/") && strings.HasPrefix(rest, ":") {
-			return true
-		}
-	}
-	return false
+		isRepository := strings.Contains(prefix, "/") && strings.HasPrefix(image, prefix+":")
+		return isRepository || strings.HasPrefix(image, prefix+"/")
+	})
 }
 
 // restartedAtLayout is the worker's own form of restartedAt: RFC 3339 in UTC with
