@@ -47,10 +47,7 @@ func parseRequest(body []byte) ([]string, error) {
 	}
 	if req.Tags == nil {
 		image, err := parseImage(req.Image)
-		if err != nil {
-			return nil, err
-		}
-		return []string{image}, nil
+		return []string{image}, err
 	}
 
 	// Decoded apart, because null and an absent member look alike in a slice.
