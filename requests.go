@@ -16,12 +16,7 @@ type request struct {
 
 // latest is when the request was made by the later of T and the worker's clock, for
 // comparisons with what other clocks have written.
-func (r request) latest() time.Time {
-	if at := time.UnixMicro(r.at); at.After(r.made) {
-		return at
-	}
-	return r.made
-}
+func (r request) latest() time.Time { return time.UnixMicro(max(r.at, r.made.UnixMicro())) }
 
 // moment is the time of a decision.
 type moment struct {
@@ -56,11 +51,7 @@ func (q *requests) clock() time.Time {
 // earlierClock makes no request look too old, and no restart too new, because one
 // of the two clocks is ahead.
 func (q *requests) earlierClock() time.Time {
-	valkey, own := q.clock(), q.now().Round(0)
-	if own.Before(valkey) {
-		return own
-	}
-	return valkey
+	return time.UnixMicro(min(q.clock().UnixMicro(), q.now().UnixMicro()))
 }
 
 // tooFarAhead reports whether Valkey's clock was wrong when it gave T. Remembered,
