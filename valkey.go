@@ -203,20 +203,14 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 		s.log.Info("subscribed", "channel", s.channel)
 		confirmed()
 	})
-	for ctx.Err() == nil {
+	for ; ctx.Err() == nil; sleep(ctx, valkeyRetryDelay) {
 		err := s.messages.Receive(ctx, s.messages.B().Subscribe().Channel(s.channel).Build(),
 			func(m valkey.PubSubMessage) { received(m.Message) })
-		if ctx.Err() != nil {
-			return
-		}
-		if err == nil { // valkey-go's answer to an UNSUBSCRIBE
-			err = errors.New("the subscription ended")
-		}
+		err = cmp.Or(err, errors.New("the subscription ended")) // nil is valkey-go's answer to an UNSUBSCRIBE
 		err = valkeyError("subscribing to "+s.channel, err)
-		if s.subscribed.set(err) {
+		if s.subscribed.set(err) && ctx.Err() == nil {
 			s.log.Warn("not subscribed", "err", err)
 		}
-		sleep(ctx, valkeyRetryDelay)
 	}
 }
 
