@@ -147,10 +147,7 @@ type configuration interface{ options() []option }
 
 // usageError is a mistake in the command line or the environment; the process
 // exits with 2.
-type usageError struct{ err error }
-
-func (e usageError) Error() string { return e.err.Error() }
-func (e usageError) Unwrap() error { return e.err }
+type usageError struct{ error }
 
 // parseConfig sets the options of cfg: a flag overrides the environment, and an
 // empty variable counts as not set. The error, a usageError, names everything
