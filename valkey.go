@@ -60,8 +60,7 @@ local now = clock[1] * 1000000 + clock[2]
 local day, bound = %d, %d
 local micros = function(t) return string.format('%%.0f', t) end
 local newest = redis.call('ZRANGE', KEYS[1], micros(now + day), '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')
-local t = now
-if newest[2] and tonumber(newest[2]) >= t then t = tonumber(newest[2]) + 1 end
+local t = math.max(now, tonumber(newest[2] or 0) + 1)
 local added = 0
 for i = 3, #ARGV do
   local score = redis.call('ZSCORE', KEYS[1], ARGV[i])
