@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
+	"strconv"
 	"sync"
 	"time"
 
@@ -15,7 +17,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic"
@@ -58,7 +59,8 @@ type deployment struct {
 	paused          bool
 	restartedAt     string // the pod template's annotation
 	images          []usedImage
-	restarted       restart // the newest that was made or seen; GitOps tools reset the annotation
+	rollout         rolloutState // complete, progressing or failed
+	restarted       restart      // the newest that was made or seen; GitOps tools reset the annotation
 }
 
 // restart is a value of restartedAt.
@@ -118,22 +120,27 @@ func newDeployment(u *unstructured.Unstructured) *deployment {
 	template := child(spec, "template")
 	d.restartedAt, _ = child(child(template, "metadata"), "annotations")[restartedAtAnnotation].(string)
 	d.restarted.at = d.restartedAt
-	for _, use := range podImages(child(template, "spec")) {
-		ref, pinned, ok := parseContainerImage(use.image)
-		if !ok {
-			continue
-		}
-		image := d.image(ref)
-		if image == nil {
-			d.images = append(d.images, usedImage{ref: ref, pinned: true})
-			image = &d.images[len(d.images)-1]
-		}
-		image.pinned = image.pinned && pinned
-		if !pinned && use.pullPolicy != "Always" {
-			image.pullPolicy = use.pullPolicy
-		}
-	}
+	d.rollout = stateOf(u.Object)
+	podImages(child(template, "spec"), d.use)
 	return d
+}
+
+// use adds an image field of the pod template.
+func (d *deployment) use(field, pullPolicy any) {
+	text, _ := field.(string)
+	ref, pinned, ok := parseContainerImage(text)
+	if !ok {
+		return
+	}
+	image := d.image(ref)
+	if image == nil {
+		d.images = append(d.images, usedImage{ref: ref, pinned: true})
+		image = &d.images[len(d.images)-1]
+	}
+	image.pinned = image.pinned && pinned
+	if !pinned && pullPolicy != "Always" {
+		image.pullPolicy, _ = pullPolicy.(string)
+	}
 }
 
 // inherit completes an entry with what the cache knows from the one it replaces,
@@ -166,7 +173,6 @@ func (d *deployment) inherit(previous *deployment, now, seen time.Time) (look bo
 // deploymentCache has the Deployments of all scopes, indexed by image.
 type deploymentCache struct {
 	log      *slog.Logger
-	client   dynamic.Interface
 	selector string // WORKER_SELECTOR
 	scopes   []*scope
 	watchAge time.Duration
@@ -184,7 +190,7 @@ const imageIndex = "image"
 // newDeploymentCache makes a scope for each namespace of WORKER_NAMESPACES, so that
 // namespaced Roles suffice, or one for all.
 func newDeploymentCache(cfg workerConfig, client dynamic.Interface, log *slog.Logger, now func() time.Time, look func(key string)) *deploymentCache {
-	c := &deploymentCache{log: log, client: client, selector: cfg.Selector, watchAge: watchAge, now: now, look: look}
+	c := &deploymentCache{log: log, selector: cfg.Selector, watchAge: watchAge, now: now, look: look}
 	c.store = cache.NewThreadSafeStore(cache.Indexers{imageIndex: func(entry any) (refs []string, err error) {
 		for _, image := range entry.(*deployment).images {
 			refs = append(refs, image.ref)
@@ -198,6 +204,13 @@ func newDeploymentCache(cfg workerConfig, client dynamic.Interface, log *slog.Lo
 	for _, namespace := range namespaces {
 		s := &scope{cache: c, namespace: namespace, client: client.Resource(deploymentsResource).Namespace(namespace)}
 		s.ListWithContextFunc, s.WatchFuncWithContext = s.list, s.watch
+		s.reflector = cache.NewReflectorWithOptions(s, nil, s, cache.ReflectorOptions{
+			Name:            "deployments",
+			TypeDescription: "deployments.apps",
+			// The default waits up to a minute for an API server that is back. This is
+			// less than watchGrace.
+			Backoff: &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 0.5, Steps: 10, Cap: 3 * time.Second},
+		})
 		c.scopes = append(c.scopes, s)
 	}
 	return c
@@ -211,14 +224,7 @@ func (c *deploymentCache) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, s := range c.scopes {
 		s.forbidden = cancel
-		r := cache.NewReflectorWithOptions(s, nil, s, cache.ReflectorOptions{
-			Name:            "deployments",
-			TypeDescription: "deployments.apps",
-			// The default waits up to a minute for an API server that is back. This is
-			// less than watchGrace.
-			Backoff: &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 0.5, Steps: 10, Cap: 3 * time.Second},
-		})
-		wg.Go(func() { r.RunWithContext(ctx) })
+		wg.Go(func() { s.reflector.RunWithContext(ctx) })
 	}
 	wg.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -232,7 +238,7 @@ func (c *deploymentCache) ready() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, s := range c.scopes {
-		if !s.listed {
+		if s.reflector.LastSyncResourceVersion() == "" {
 			return errors.New("deployments are not listed yet")
 		}
 		if !s.watched && c.now().Sub(s.unwatched) > watchGrace {
@@ -250,9 +256,8 @@ func (c *deploymentCache) get(key string) *deployment {
 }
 
 // running returns the Deployments whose pod template names the image.
-func (c *deploymentCache) running(ref string) []*deployment {
+func (c *deploymentCache) running(ref string) (ds []*deployment) {
 	entries, _ := c.store.ByIndex(imageIndex, ref) // fails only without the index
-	ds := make([]*deployment, 0, len(entries))
 	for _, entry := range entries {
 		ds = append(ds, entry.(*deployment))
 	}
@@ -273,7 +278,7 @@ const (
 func (c *deploymentCache) put(d *deployment, from source) {
 	c.mu.Lock()
 	previous, seen := c.get(d.key()), c.now()
-	if from == fromAnswer && previous == nil || from != fromList && previous != nil && previous.newerThan(d) {
+	if from == fromAnswer && previous == nil || from != fromList && previous != nil && revision(previous.resourceVersion) > revision(d.resourceVersion) {
 		c.mu.Unlock()
 		return
 	}
@@ -288,27 +293,20 @@ func (c *deploymentCache) put(d *deployment, from source) {
 	}
 }
 
-// newerThan compares versions, also of Deployments that had the same name. Those
-// that are not the numbers that Kubernetes documents count as equal.
-// https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
-func (d *deployment) newerThan(other *deployment) bool {
-	order, err := resourceversion.CompareResourceVersion(d.resourceVersion, other.resourceVersion)
-	return err == nil && order > 0
+// reached returns the version that the whole cache has reached, 0 before it is listed.
+func (c *deploymentCache) reached() uint64 {
+	oldest := uint64(math.MaxUint64)
+	for _, s := range c.scopes {
+		oldest = min(oldest, revision(s.reflector.LastSyncResourceVersion()))
+	}
+	return oldest
 }
 
-// fetch returns the present version of a Deployment, nil if there is none. It
-// lists, because the worker has no right to get.
-func (c *deploymentCache) fetch(ctx context.Context, d *deployment) (*deployment, error) {
-	list, err := c.client.Resource(deploymentsResource).Namespace(d.namespace).
-		List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + d.name, LabelSelector: c.selector})
-	if err != nil {
-		return nil, fmt.Errorf("reading the Deployment after a conflict: %w", err)
-	}
-	if len(list.Items) == 0 {
-		return nil, nil
-	}
-	c.put(newDeployment(&list.Items[0]), fromAnswer)
-	return c.get(d.key()), nil
+// revision is a resourceVersion as a number, 0 for one that is none.
+// https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
+func revision(resourceVersion string) uint64 {
+	n, _ := strconv.ParseUint(resourceVersion, 10, 64)
+	return n
 }
 
 // scope is what one reflector lists, watches and stores: all namespaces, or one.
@@ -317,10 +315,10 @@ type scope struct {
 	cache     *deploymentCache
 	namespace string // "" for all
 	client    dynamic.ResourceInterface
+	reflector *cache.Reflector
 	forbidden context.CancelCauseFunc // ends the cache's run
-	listed    bool
-	watched   bool      // a watch is open
-	unwatched time.Time // when the last one ended, or the present one began; zero: never
+	watched   bool                    // a watch is open
+	unwatched time.Time               // when the last one ended, or the present one began; zero: never
 }
 
 // IsWatchListSemanticsUnSupported keeps the reflector from streaming lists: those
@@ -441,7 +439,6 @@ func (s *scope) Replace(items []any, _ string) error {
 			c.store.Delete(key)
 		}
 	}
-	s.listed = true
 	c.log.Info("deployments listed", "namespace", s.namespace, "count", len(items))
 	return nil
 }

@@ -133,7 +133,7 @@ func TestExplainUsage(t *testing.T) {
 	check(token, map[string]string{"TRUST_POLICY": "x"}, []string{image}, "TRUST_POLICY (--trust-policy): line 1: no rules")
 	check(`{"count":1,"value":"`+token+`"}`, nil, []string{image}, "standard input has a token in the member value")
 	for args, want := range map[string]string{
-		"": "--image is missing", "--image=": "is not a valid reference", "--image=ghcr.io/acme/api": "has no tag", image + ",Acme:dev": "must be in lower case",
+		"": "--image is missing", "--image=": "is not a valid reference", "--image=ghcr.io/acme/api": "has no tag", image + ",Acme:dev": "the name in lower case",
 		image + " --web-listen-addr=:1": "flag provided but not defined: -web-listen-addr", image + " --verify": "flag provided but not defined: -verify",
 		image + " now": "kuberollouttrigger explain -h", image + " --claim=ref": "expected name=value",
 	} {

@@ -130,11 +130,7 @@ func parseImage(s string) (string, error) {
 func parseNamed(s string) (reference.Named, error) {
 	named, err := parseReference(s)
 	if err != nil {
-		if _, err := parseReference(strings.ToLower(s)); err == nil {
-			// As ${{ github.repository }} of an owner like Acme.
-			return nil, fmt.Errorf("image \"%s\": the name must be in lower case", sanitize(s))
-		}
-		return nil, fmt.Errorf("image \"%s\" is not a valid reference; expected registry/name:tag, such as ghcr.io/acme/api:dev", sanitize(s))
+		return nil, fmt.Errorf("image \"%s\" is not a valid reference; expected registry/name:tag, the name in lower case, such as ghcr.io/acme/api:dev", sanitize(s))
 	}
 	if _, ok := named.(reference.Digested); ok {
 		return nil, fmt.Errorf("image \"%s\" has a digest: what a digest names cannot change, so there is nothing to restart for; give the tag alone", sanitize(s))
@@ -168,27 +164,17 @@ func parseContainerImage(image string) (ref string, pinned, ok bool) {
 	return named.Name() + ":" + tagged.Tag(), pinned, true
 }
 
-// imageUse is an image field of a pod template with its pull policy.
-type imageUse struct{ image, pullPolicy string }
-
-// podImages returns the images that a pod spec names. It walks the maps, because
-// apimachinery's Nested functions copy what they return.
-func podImages(pod map[string]any) (uses []imageUse) {
-	text := func(m map[string]any, name string) string {
-		s, _ := m[name].(string)
-		return s
-	}
-	for _, field := range []string{"initContainers", "containers"} {
-		for _, container := range children(pod, field) {
-			uses = append(uses, imageUse{text(container, "image"), text(container, "imagePullPolicy")})
-		}
+// podImages calls use with each image field of a pod spec and its pull policy. It
+// walks the maps, because apimachinery's Nested functions copy what they return.
+func podImages(pod map[string]any, use func(image, pullPolicy any)) {
+	for _, container := range slices.Concat(children(pod, "initContainers"), children(pod, "containers")) {
+		use(container["image"], container["imagePullPolicy"])
 	}
 	for _, volume := range children(pod, "volumes") {
 		// https://kubernetes.io/docs/concepts/storage/volumes/#image
 		source := child(volume, "image")
-		uses = append(uses, imageUse{text(source, "reference"), text(source, "pullPolicy")})
+		use(source["reference"], source["pullPolicy"])
 	}
-	return uses
 }
 
 // child returns an object within an object, nil if it is not there.

@@ -6,9 +6,10 @@
 //	kuberollouttrigger explain  says which rule lets a job restart an image
 //	kuberollouttrigger help     lists these; <subcommand> -h prints the options
 //
-// web serves POST /event and GET /healthz on WEB_LISTEN_ADDR (:8080): a job's OIDC
-// token and {"image":"ghcr.io/acme/api:dev"}; 202 when the request is in the
-// ledger in Valkey and published. web and worker serve probes on OPS_LISTEN_ADDR
+// web serves POST /event, GET /rollout and GET /healthz on WEB_LISTEN_ADDR (:8080).
+// A job posts its OIDC token and {"image":"ghcr.io/acme/api:dev"}; 202 when the
+// request is in the ledger in Valkey and published. GET /rollout tells what became
+// of it. web and worker serve probes on OPS_LISTEN_ADDR
 // (:8081), which must stay internal: GET /healthz says that the process is alive,
 // GET /readyz that it can work, or with a 503 why not.
 //
@@ -205,7 +206,8 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr}
 	s.ready = func(ctx context.Context) error { return cmp.Or(verifier.ready(), publisher.ready(ctx)) }
 	s.task = func(ctx context.Context) error { verifier.run(ctx); return nil }
-	s.api = &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish}
+	s.api = &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish,
+		readRollout: publisher.readRollout, waiting: make(chan struct{}, maxWaiting), stopping: ctx.Done()}
 	return s.run(ctx)
 }
 

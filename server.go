@@ -40,18 +40,20 @@ const (
 	headerTimeout    = time.Second
 	opsHeaderTimeout = 500 * time.Millisecond
 
+	// For a handler's whole work. GET /rollout extends it.
+	writeTimeout = 15 * time.Second
+
 	// A client that still sends its body might miss the answer if this were 0.
 	lingerTimeout = 100 * time.Millisecond
 )
 
-// newServer sets the limits that an open port needs. The write timeout covers a
-// handler's whole work.
+// newServer sets the limits that an open port needs.
 func newServer(h http.Handler, headerTimeout time.Duration, log *slog.Logger) *http.Server {
 	s := &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       5 * time.Second,
-		WriteTimeout:      15 * time.Second,
+		WriteTimeout:      writeTimeout,
 		MaxHeaderBytes:    maxHeaderBytes - 4<<10,                            // net/http adds 4 KiB
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // clients' mistakes
 		// net/http would answer OPTIONS * without asking the handler.

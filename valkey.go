@@ -89,12 +89,14 @@ return {at, subscribers, added}
 
 var errBusy = errors.New("too many requests in flight to valkey")
 
-// publisher is web's side of Valkey.
+// publisher is web's side of Valkey. Reports have a connection of their own, so that
+// they keep no request waiting.
 type publisher struct {
-	client     valkey.Client
-	channel    string
-	timeout    time.Duration
-	publishing chan struct{} // a slot for each request
+	client, reader valkey.Client
+	channel        string
+	timeout        time.Duration
+	publishing     chan struct{} // a slot for each request
+	reading        chan struct{} // a slot for each GET /rollout that is not waiting
 }
 
 // publication is what publishScript returns.
@@ -107,11 +109,8 @@ type publication struct {
 // newPublisher works without a reachable Valkey: the client connects when it is
 // used. An error is a configuration that can never work.
 func newPublisher(cfg valkeyConfig, log *slog.Logger) (*publisher, error) {
-	client, err := newValkeyClient(cfg, log)
-	if err != nil {
-		return nil, err
-	}
-	return &publisher{client, cfg.Channel, publishTimeout, make(chan struct{}, maxPublishing)}, nil
+	client, reader, err := newValkeyClients(cfg, log)
+	return &publisher{client, reader, cfg.Channel, publishTimeout, make(chan struct{}, maxPublishing), make(chan struct{}, maxReading)}, err
 }
 
 // publish runs publishScript, again and again if Valkey is restarting. It returns
@@ -162,7 +161,10 @@ func (p *publisher) ready(ctx context.Context) error {
 	return valkeyError("checking", readyScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, []string{p.channel}).Error())
 }
 
-func (p *publisher) close() { p.client.Close() }
+func (p *publisher) close() {
+	p.client.Close()
+	p.reader.Close()
+}
 
 // subscriber is the worker's side of Valkey. Messages and reads have a connection
 // each, because a command that the callback sends on the subscribing connection
@@ -176,18 +178,10 @@ type subscriber struct {
 
 // newSubscriber works without a reachable Valkey, as newPublisher does.
 func newSubscriber(cfg valkeyConfig, log *slog.Logger) (*subscriber, error) {
-	messages, err := newValkeyClient(cfg, log)
-	if err != nil {
-		return nil, err
-	}
-	reader, err := newValkeyClient(cfg, log)
-	if err != nil {
-		messages.Close()
-		return nil, err
-	}
+	messages, reader, err := newValkeyClients(cfg, log)
 	s := &subscriber{messages: messages, reader: reader, channel: cfg.Channel, log: log}
 	s.subscribed.set(errors.New("not subscribed yet"))
-	return s, nil
+	return s, err
 }
 
 // run stays subscribed until ctx is done. It calls received for each message and
@@ -273,6 +267,13 @@ func (h *health) get() error {
 		return *err
 	}
 	return nil
+}
+
+func newValkeyClients(cfg valkeyConfig, log *slog.Logger) (one, other valkey.Client, err error) {
+	if one, err = newValkeyClient(cfg, log); err == nil {
+		other, err = newValkeyClient(cfg, log)
+	}
+	return one, other, err
 }
 
 // newValkeyClient returns a client of one connection that notices a dead or silent

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"mime"
 	"net/http"
+	"net/url"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -25,6 +26,12 @@ const (
 	maxNewImages   = maxLedger / 10 // that a repository may add to the ledger in a day
 	maxDenialLines = 50             // about callers without a valid token, in denialInterval
 	denialInterval = 10 * time.Second
+
+	// GET /rollout waits for maxWait at most, and looks for a change every
+	// rolloutInterval. Beyond maxWaiting requests, it answers at once.
+	maxWait         = time.Minute
+	rolloutInterval = 300 * time.Millisecond
+	maxWaiting      = 256
 )
 
 // web is the public HTTP API.
@@ -38,6 +45,10 @@ type web struct {
 	publish func(ctx context.Context, images []string, mayAdd int) (publication, error)
 	quota   quota
 	denials logLimit
+	// readRollout reads what became of the newest requests. See publisher.readRollout.
+	readRollout func(ctx context.Context, images []string, since, seen string) (*rollout, error)
+	waiting     chan struct{}   // a slot for each GET /rollout
+	stopping    <-chan struct{} // closed when none shall wait any more
 }
 
 // accepted is the body of a 202.
@@ -64,54 +75,77 @@ func (d *denial) Error() string { return d.reason.Error() }
 // tell tells the caller the reason, which only an authenticated one may learn.
 func tell(status int, reason error) error { return &denial{status, reason.Error(), reason} }
 
-// ServeHTTP answers POST /event and GET /healthz, and nothing else.
+// route is how web answers a job that may ask for something.
+type route struct {
+	method  string
+	handle  func(*web, *call) (body any, err error)
+	status  int
+	level   slog.Level
+	message string
+}
+
+// call is a request of a job.
+type call struct {
+	w      http.ResponseWriter
+	r      *http.Request
+	id     string // requestId
+	claims claims // nil until the token is verified
+	line   []slog.Attr
+}
+
+var routes = map[string]route{
+	"/event":   {http.MethodPost, (*web).event, http.StatusAccepted, slog.LevelInfo, "accepted"},
+	"/rollout": {http.MethodGet, (*web).rollout, http.StatusOK, slog.LevelDebug, "rollout"},
+	"/healthz": {method: http.MethodGet},
+}
+
+// ServeHTTP answers the routes, and nothing else.
 func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
-	method := map[string]string{"/event": http.MethodPost, "/healthz": http.MethodGet}[r.URL.Path]
+	route, known := routes[r.URL.Path]
 	switch {
-	case method == "":
+	case !known:
 		w.WriteHeader(http.StatusNotFound)
-	case r.Method != method && (method != http.MethodGet || r.Method != http.MethodHead):
-		h.Set("Allow", method)
+	case r.Method != route.method && (route.handle != nil || r.Method != http.MethodHead):
+		h.Set("Allow", route.method)
 		w.WriteHeader(http.StatusMethodNotAllowed)
-	case method == http.MethodPost:
-		s.serveEvent(w, r)
+	case route.handle != nil:
+		s.serve(w, r, route)
 	default:
 		io.WriteString(w, "ok\n")
 	}
 }
 
-// serveEvent answers one POST /event and logs one line about it.
-func (s *web) serveEvent(w http.ResponseWriter, r *http.Request) {
-	start, id := time.Now(), rand.Text()
-	w.Header().Set("X-Request-Id", id)
+// serve answers a request of a job and logs one line about it.
+func (s *web) serve(w http.ResponseWriter, r *http.Request, route route) {
+	start, c := time.Now(), &call{w: w, r: r, id: rand.Text()}
+	w.Header().Set("X-Request-Id", c.id)
 
-	c, a, err := s.event(w, r)
-	line := []slog.Attr{slog.String("request_id", id), slog.String("remote", r.RemoteAddr), slog.String("duration", time.Since(start).String())}
+	body, err := s.answer(c, route)
+	line := []slog.Attr{slog.String("request_id", c.id), slog.String("remote", r.RemoteAddr), slog.String("duration", time.Since(start).String())}
 	for _, name := range loggedClaims {
-		if value := c[name]; value != "" {
+		if value := c.claims[name]; value != "" {
 			line = append(line, slog.String(name, sanitize(value)))
 		}
 	}
 	if err == nil {
-		a.RequestID = id
-		s.log.LogAttrs(r.Context(), slog.LevelInfo, "accepted", append(line, slog.Int("status", http.StatusAccepted),
-			slog.Any("images", a.Images), slog.String("requested_at", a.RequestedAt), slog.Int64("subscribers", a.Subscribers))...)
-		writeJSON(w, http.StatusAccepted, a)
+		line = append(line, slog.Int("status", route.status))
+		s.log.LogAttrs(r.Context(), route.level, route.message, append(line, c.line...)...)
+		writeJSON(w, route.status, body)
 		return
 	}
 	d := &denial{status: http.StatusInternalServerError, reason: err}
 	errors.As(err, &d)
-	if c != nil || s.denials.allow(s.log) { // c: the token is verified
+	if c.claims != nil || s.denials.allow(s.log) {
 		level := slog.LevelInfo
 		if d.status >= http.StatusInternalServerError {
 			level = slog.LevelError
 		}
 		s.log.LogAttrs(r.Context(), level, "denied", append(line, slog.Int("status", d.status), slog.String("reason", d.reason.Error()))...)
 	}
-	d.write(w, id)
+	d.write(w, c.id)
 }
 
 func (d *denial) write(w http.ResponseWriter, id string) {
@@ -128,54 +162,150 @@ func (d *denial) write(w http.ResponseWriter, id string) {
 	writeJSON(w, d.status, map[string]string{"error": text, "requestId": id})
 }
 
-// event handles POST /event: first the token, then the claims, then the body, so
-// that only an authorized job learns what is wrong with its body. The claims are
-// returned as soon as they are verified. A panic becomes an error, because
-// net/http would close the connection without an answer.
-func (s *web) event(w http.ResponseWriter, r *http.Request) (c claims, a *accepted, err error) {
+// answer verifies the token and checks its claims before anything else is read, so
+// that only an authorized job learns what is wrong with its request. A panic becomes
+// an error, because net/http would close the connection without an answer.
+func (s *web) answer(c *call, route route) (body any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
-	token, err := bearerToken(r)
+	token, err := bearerToken(c.r)
 	if err == nil {
-		c, err = s.verifier.verify(token)
+		c.claims, err = s.verifier.verify(token)
 	}
-	if errors.Is(err, errNoKeys) {
-		return nil, nil, &denial{status: http.StatusServiceUnavailable, reason: err}
+	switch {
+	case errors.Is(err, errNoKeys):
+		return nil, &denial{status: http.StatusServiceUnavailable, reason: err}
+	case err != nil:
+		return nil, &denial{status: http.StatusUnauthorized, reason: err}
 	}
-	if err != nil {
-		return nil, nil, &denial{status: http.StatusUnauthorized, reason: err}
+	if err := s.policy.checkClaims(c.claims); err != nil {
+		return nil, &denial{status: http.StatusForbidden, reason: err}
 	}
-	if err := s.policy.checkClaims(c); err != nil {
-		return c, nil, &denial{status: http.StatusForbidden, reason: err}
-	}
-	images, err := readImages(w, r)
-	if err != nil {
-		return c, nil, err
-	}
+	return route.handle(s, c)
+}
+
+// allow checks that the job may restart the images.
+func (s *web) allow(c claims, images []string) error {
 	for _, image := range images {
 		if !s.prefixes.allows(image) {
-			err := fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image)
-			return c, nil, tell(http.StatusForbidden, err)
+			return tell(http.StatusForbidden, fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image))
 		}
 	}
 	if err := s.policy.checkImages(c, images); err != nil {
-		return c, nil, tell(http.StatusForbidden, err)
+		return tell(http.StatusForbidden, err)
 	}
-	reserved := s.quota.take(c["repository_id"], len(images))
-	// A client that hangs up must not keep the answer away, which says what it used.
-	p, err := s.publish(context.WithoutCancel(r.Context()), images, reserved)
-	s.quota.take(c["repository_id"], p.added-reserved)
+	return nil
+}
+
+// event handles POST /event.
+func (s *web) event(c *call) (any, error) {
+	images, err := readImages(c.w, c.r)
+	if err == nil {
+		err = s.allow(c.claims, images)
+	}
 	if err != nil {
-		return c, nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
+		return nil, err
+	}
+	reserved := s.quota.take(c.claims["repository_id"], len(images))
+	// A client that hangs up must not keep the answer away, which says what it used.
+	p, err := s.publish(context.WithoutCancel(c.r.Context()), images, reserved)
+	s.quota.take(c.claims["repository_id"], p.added-reserved)
+	if err != nil {
+		return nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
 	}
 	if p.requestedAt == 0 {
 		err := fmt.Errorf("the repository has requested %d images that were new within a day, and more are refused; reuse tags", maxNewImages)
-		return c, nil, tell(http.StatusTooManyRequests, err)
+		return nil, tell(http.StatusTooManyRequests, err)
 	}
-	return c, &accepted{Images: images, RequestedAt: formatTime(p.requestedAt), Subscribers: p.subscribers}, nil
+	at := formatTime(p.requestedAt)
+	c.line = []slog.Attr{slog.Any("images", images), slog.String("requested_at", at), slog.Int64("subscribers", p.subscribers)}
+	return &accepted{images, at, p.subscribers, c.id}, nil
+}
+
+// rolloutQuery is the query of GET /rollout.
+type rolloutQuery struct {
+	images []string
+	since  string        // as requestedAt; empty: the newest request
+	seen   string        // the version of the last answer
+	wait   time.Duration // for another version
+}
+
+const rolloutUsage = "expected 1 to 32 parameters image=registry/name:tag, since=TIME and seen=VERSION of an answer, and wait=0s to 1m"
+
+// parseRolloutQuery is as strict as parseRequest, and its errors are for the job too.
+func parseRolloutQuery(raw string) (q rolloutQuery, err error) {
+	values, err := url.ParseQuery(raw)
+	if n := len(values["image"]); err != nil || n == 0 || n > maxTags {
+		return q, errors.New(rolloutUsage)
+	}
+	parameters := map[string]func(string) error{
+		"image": func(s string) error {
+			image, err := parseImage(s)
+			q.images = append(q.images, image)
+			return err
+		},
+		"since": func(s string) error {
+			at, err := time.Parse(time.RFC3339, s)
+			q.since = formatTime(at.UnixMicro())
+			return err
+		},
+		"seen": text(&q.seen),
+		"wait": into(&q.wait, time.ParseDuration, func(d time.Duration) bool { return 0 <= d && d <= maxWait }),
+	}
+	for name, given := range values {
+		set := parameters[name]
+		if set == nil || name != "image" && len(given) > 1 {
+			return q, fmt.Errorf("parameter %s is unknown or repeated; %s", sanitize(name), rolloutUsage)
+		}
+		for _, value := range given {
+			if err := set(value); err != nil {
+				return q, fmt.Errorf("%s=%s: %s; %s", name, sanitize(value), sanitize(err.Error()), rolloutUsage)
+			}
+		}
+	}
+	return q, nil
+}
+
+// rollout handles GET /rollout. It answers as soon as the state differs from the one
+// that the job has seen, or when the wait is over.
+func (s *web) rollout(c *call) (any, error) {
+	q, err := parseRolloutQuery(c.r.URL.RawQuery)
+	if err != nil {
+		return nil, tell(http.StatusBadRequest, err)
+	}
+	if err := s.allow(c.claims, q.images); err != nil {
+		return nil, err
+	}
+	select {
+	case s.waiting <- struct{}{}:
+		defer func() { <-s.waiting }()
+	default:
+		q.wait = 0
+	}
+	http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(q.wait + writeTimeout))
+	enough := time.After(q.wait)
+	for {
+		state, err := s.readRollout(context.WithoutCancel(c.r.Context()), q.images, q.since, q.seen)
+		if err != nil {
+			return nil, err
+		}
+		if state != nil {
+			state.RequestID = c.id
+			c.line = []slog.Attr{slog.Any("images", q.images), slog.Any("state", state.State)}
+			return state, nil
+		}
+		select {
+		case <-time.After(rolloutInterval):
+			continue
+		case <-enough:
+		case <-s.stopping:
+		case <-c.r.Context().Done(): // the client is gone
+		}
+		q.seen = "" // tell it nevertheless
+	}
 }
 
 // bearerToken reads the one Authorization header (RFC 6750, section 2.1). The

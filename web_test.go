@@ -30,7 +30,8 @@ const accessDenied = `{"error":"access denied","requestId":"`
 type testWeb struct {
 	t       *testing.T
 	url     string
-	handler http.Handler
+	stop    func() // ends what waits
+	handler *web
 	issuer  *testIssuer
 	valkey  *miniredis.Miniredis
 	pub     *publisher
@@ -62,12 +63,14 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 	}
 	t.Cleanup(pub.close)
 	p := mustPolicy(t, []string{"acme"}, nil, trust)
-	h := &web{log: log, verifier: v, policy: p, prefixes: imagePrefixes{"ghcr.io/acme"}, publish: pub.publish}
+	stopping, stop := context.WithCancel(t.Context())
+	h := &web{log: log, verifier: v, policy: p, prefixes: imagePrefixes{"ghcr.io/acme"}, publish: pub.publish,
+		readRollout: pub.readRollout, waiting: make(chan struct{}, maxWaiting), stopping: stopping.Done()}
 	s := httptest.NewUnstartedServer(nil)
 	s.Config = newServer(h, headerTimeout, log)
 	s.Start()
 	t.Cleanup(s.Close)
-	w := &testWeb{t: t, url: s.URL, handler: h, issuer: issuer, valkey: m, pub: pub, heard: make(chan string, 100), logs: logs}
+	w := &testWeb{t: t, url: s.URL, stop: stop, handler: h, issuer: issuer, valkey: m, pub: pub, heard: make(chan string, 100), logs: logs}
 	subscriber := m.NewSubscriber()
 	subscriber.Subscribe("krt")
 	go func() { // miniredis waits until a message is taken
@@ -294,7 +297,7 @@ func TestHostileBodies(t *testing.T) {
 // Letters that Unicode folds to k and s.
 func TestLookAlikeOwners(t *testing.T) {
 	w := newTestWeb(t, "")
-	w.handler.(*web).policy = mustPolicy(t, []string{"kelvin", "sys"}, nil, "")
+	w.handler.policy = mustPolicy(t, []string{"kelvin", "sys"}, nil, "")
 	for _, owner := range []string{"\u212aelvin", "\u017fys", "sy\u017f"} {
 		w.expect(owner, w.post(map[string]any{"repository_owner": owner, "repository": owner + "/api"}, `{"image":"ghcr.io/acme/api:dev"}`), 403, accessDenied)
 	}
@@ -413,14 +416,14 @@ func TestQuotaCountsNewImages(t *testing.T) {
 	w := newTestWeb(t, "")
 	for i := range 3 {
 		w.expect("again", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 202, "ghcr.io/acme/api:dev")
-		if used := w.handler.(*web).quota.used["812345678"]; used != 1 {
+		if used := w.handler.quota.used["812345678"]; used != 1 {
 			t.Errorf("request %d: %d images counted", i, used)
 		}
 		<-w.heard
 	}
 	w.valkey.ZAdd("krt:requested", float64(time.Now().Add(-ledgerAge-time.Minute).UnixMicro()), "ghcr.io/acme/api:dev")
 	w.expect("a day later", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 202, "ghcr.io/acme/api:dev")
-	if used := w.handler.(*web).quota.used["812345678"]; used != 2 {
+	if used := w.handler.quota.used["812345678"]; used != 2 {
 		t.Errorf("a day later: %d images counted", used)
 	}
 }
@@ -462,7 +465,7 @@ func TestDenialsAreNotLogged(t *testing.T) {
 // A bug is answered, and logged with where it is.
 func TestPanic(t *testing.T) {
 	w := newTestWeb(t, "")
-	w.handler.(*web).publish = func(context.Context, []string, int) (publication, error) { panic("at the disco") }
+	w.handler.publish = func(context.Context, []string, int) (publication, error) { panic("at the disco") }
 	w.expect("panic", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), 500, `{"error":"Internal Server Error","requestId":"`)
 	if !w.logs.has(`"level":"ERROR"`, `"status":500`, "panic: at the disco", "web_test.go", `"repository":"acme/api"`) {
 		t.Error("the bug is not logged")

@@ -38,6 +38,8 @@ const (
 	defaultWindow   = time.Hour        // how long a request counts when WORKER_CATCH_UP is 0
 	catchUpInterval = 30 * time.Second // between two reads of the ledger
 	catchUpTimeout  = 10 * time.Second // for one
+
+	pinnedReason = "pinned by digest"
 )
 
 // worker restarts what runs an image that was requested.
@@ -60,9 +62,8 @@ type worker struct {
 
 	catchUpDue chan struct{} // one slot
 	caughtUp   health
-
-	mu        sync.Mutex
-	notBefore map[string]time.Time // when a Deployment whose restart failed is due again
+	follower   *follower
+	notBefore  sync.Map // when a Deployment whose restart failed is due again, a time.Time by key
 }
 
 func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
@@ -77,9 +78,9 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 		backoff:    workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff),
 		catchUpDue: make(chan struct{}, 1),
 		requests:   newRequests(now),
-		notBefore:  map[string]time.Time{},
 	}
 	w.caughtUp.set(errors.New("not caught up yet"))
+	w.follower = &follower{worker: w, images: map[string]*followed{}}
 	w.cache = newDeploymentCache(cfg, client, w.log, now, w.look)
 	return w
 }
@@ -93,6 +94,7 @@ func (w *worker) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { w.source.run(ctx, w.handleMessage, w.requestCatchUp) })
 	wg.Go(func() { w.catchUpLoop(ctx) })
+	wg.Go(func() { w.follower.run(ctx) })
 	var err error
 	wg.Go(func() {
 		defer cancel()
@@ -130,6 +132,7 @@ func (w *worker) handleMessage(text string) {
 // run it. Its error is a request that web would not have made.
 func (w *worker) remember(image string, r request) error {
 	if !w.cfg.ImagePrefixes.allows(image) {
+		w.follower.follow(image, r)
 		return fmt.Errorf("image %s is not under ALLOWED_IMAGE_PREFIX", image)
 	}
 	if added, err := w.requests.add(image, r); err != nil || !added {
@@ -144,11 +147,12 @@ func (w *worker) remember(image string, r request) error {
 	log.Log(context.Background(), level, "requested", "announced", r.announced, "matched", len(running))
 	for _, d := range running {
 		if d.image(image).pinned {
-			log.Info("not restarted", "reason", "pinned by digest", "namespace", d.namespace, "deployment", d.name)
+			log.Info("not restarted", "reason", pinnedReason, "namespace", d.namespace, "deployment", d.name)
 			continue
 		}
 		w.queue.Add(d.key())
 	}
+	w.follower.follow(image, r)
 	return nil
 }
 
@@ -201,7 +205,9 @@ func (w *worker) catchUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	clock := w.requests.setClock(valkeyNow, w.rules.window+2*maxRetryAfter) // late enough that expiry is logged
+	w.follower.caughtUp.Store(true)
+	// Late enough that expiry is logged, and reported.
+	clock := w.requests.setClock(valkeyNow, max(w.rules.window, reportAge)+2*maxRetryAfter)
 	if w.cfg.CatchUp == 0 {
 		return nil // PubSub only
 	}
@@ -266,7 +272,7 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 		err := w.patch(ctx, d, next.request.at, versioned)
 		if outdated(err) && (versioned || !fetched) {
 			var present *deployment
-			if present, err = w.cache.fetch(ctx, d); present != nil {
+			if present, err = w.fetch(ctx, d); present != nil {
 				versioned = versioned && present.restartedAt != d.restartedAt
 				d = present
 				continue
@@ -279,6 +285,21 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 		w.settle(d, next, err)
 		return
 	}
+}
+
+// fetch returns the present version of a Deployment, nil if there is none. It
+// lists, because the worker has no right to get.
+func (w *worker) fetch(ctx context.Context, d *deployment) (*deployment, error) {
+	list, err := w.client.Resource(deploymentsResource).Namespace(d.namespace).
+		List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + d.name, LabelSelector: w.cfg.Selector})
+	if err != nil {
+		return nil, fmt.Errorf("reading the Deployment after a conflict: %w", err)
+	}
+	if len(list.Items) == 0 {
+		return nil, nil
+	}
+	w.cache.put(newDeployment(&list.Items[0]), fromAnswer)
+	return w.cache.get(d.key()), nil
 }
 
 // decide returns the decision on the newest request that d does not satisfy.
@@ -322,9 +343,7 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 			delay = max(delay, min(time.Duration(seconds)*time.Second, maxRetryAfter))
 		}
 		log.Warn("restart failed, trying again", "err", err, "tries", w.backoff.NumRequeues(key), "retry_in", delay.String())
-		w.mu.Lock()
-		w.notBefore[key] = w.now().Add(delay)
-		w.mu.Unlock()
+		w.notBefore.Store(key, w.now().Add(delay))
 		w.queue.AddAfter(key, delay)
 		return
 	}
@@ -336,78 +355,15 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 
 // backingOff returns how long a Deployment whose restart failed has to wait.
 func (w *worker) backingOff(key string) time.Duration {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.notBefore[key].Sub(w.now())
+	due, _ := w.notBefore.Load(key)
+	at, _ := due.(time.Time)
+	return at.Sub(w.now())
 }
 
 // done forgets the failures of a Deployment.
 func (w *worker) done(key string) {
 	w.backoff.Forget(key)
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.notBefore, key)
-}
-
-// verdict is what a request means for a Deployment.
-type verdict int
-
-const (
-	satisfied verdict = iota
-	expired           // the request is too old
-	skipped           // there is nothing to restart
-	deferred          // not now
-	due               // restart
-)
-
-// decision is a verdict with the request that leads to it.
-type decision struct {
-	verdict verdict
-	reason  string        // for the log
-	wait    time.Duration // if deferred: when to look again
-	image   usedImage
-	request request
-}
-
-// rules are the bounds of the decision.
-type rules struct {
-	window   time.Duration // how long a request counts
-	interval time.Duration // WORKER_RESTART_INTERVAL
-}
-
-// decide is the one rule for messages, catch-up and retries alike.
-func (b rules) decide(d *deployment, image usedImage, r request, m moment) decision {
-	with := func(v verdict, reason string, wait time.Duration) decision {
-		return decision{v, reason, wait, image, r}
-	}
-	age := m.now.Sub(r.made)
-	switch {
-	case m.proves(d.restartedAt, r), m.proves(d.restarted.at, r):
-		return with(satisfied, "", 0)
-	case !(r.announced && image.cachedAt.Before(r.made)) && image.addedAt.After(r.latest()):
-		return with(satisfied, "", 0) // its pods came after the request
-	case age >= b.window:
-		return with(expired, "expired", 0)
-	case d.deleting:
-		return with(skipped, "being deleted", 0)
-	case d.paused: // being resumed leads to a look; this one is for the log
-		return with(deferred, "paused", b.window-age)
-	}
-	if wait := b.interval - m.now.Sub(d.restarted.since); wait > 0 { // never if since is unknown
-		return with(deferred, "restarted less than WORKER_RESTART_INTERVAL ago", wait)
-	}
-	return with(due, "", 0)
-}
-
-// proves reports whether a restartedAt shows a restart for a request or later. One
-// from the future proves nothing; in the worker's own form it may be a T that
-// another worker knows already. Any other form comes from somebody else's clock.
-func (m moment) proves(restartedAt string, r request) bool {
-	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
-		return own.UnixMicro() >= r.at && own.UnixMicro() <= max(m.clock.Add(restartedAtLead).UnixMicro(), m.newest)
-	}
-	other, err := time.Parse(time.RFC3339, restartedAt)
-	return err == nil && !other.Before(r.latest()) && !other.After(m.clock)
+	w.notBefore.Delete(key)
 }
 
 // errNoEffect is a patch that the API server accepted without its effect.

@@ -213,6 +213,13 @@ func TestManifestValkey(t *testing.T) {
 	d.create(t)
 	r := record(t, namespace)
 	r.waitRestartedAt(t, 10*time.Second, d, stamp(job.mustPush(t, d.images[0])))
+	eventually(t, 5*time.Second, "the worker reports the restart", func() error {
+		a, err := job.get(t.Context(), "image="+d.images[0])
+		if err == nil && !strings.Contains(a.body, `"matched":1,"restarted":1`) {
+			err = fmt.Errorf("%d %s", a.status, a.body)
+		}
+		return err
+	})
 
 	// A worker that was away catches up.
 	worker.kill()
@@ -283,8 +290,8 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	v := startManifestValkey(t, valkey.ClientOption{})
 	may := map[string][]string{
-		"web":    {"ping", "eval", "evalsha", "zadd", "zcard", "zscore", "zrange", "zremrangebyscore", "time", "publish"},
-		"worker": {"ping", "subscribe", "zrevrangebyscore", "time"},
+		"web":    {"ping", "eval", "evalsha", "zadd", "zcard", "zscore", "zrange", "zremrangebyscore", "hgetall", "time", "publish"},
+		"worker": {"ping", "subscribe", "zrevrangebyscore", "time", "eval", "evalsha", "hget", "hset", "expire", "zadd"},
 		"probe":  {"ping"},
 	}
 	// Valkey allows these to everybody.
@@ -334,6 +341,12 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 		{"web", "ZADD kuberollouttrigger:requested 1 x", true},
 		{"web", "ZADD other 1 x", false},
 		{"web", "ZADD kuberollouttrigger:other 1 x", false},
+		{"web", "HGETALL kuberollouttrigger:report:x", true},
+		{"web", "HGETALL kuberollouttrigger:other", false},
+		{"web", "HSET kuberollouttrigger:report:x a b", false},
+		{"web", "EVAL return(redis.call('HSET','kuberollouttrigger:report:x','a','b')) 0", false},
+		{"web", "ZRANGE kuberollouttrigger:clusters 0 -1", true},
+		{"web", "ZADD kuberollouttrigger:clusters 1 x", false},
 		{"web", "SUBSCRIBE kuberollouttrigger", false},
 		{"web", "ZREVRANGEBYSCORE kuberollouttrigger:requested +inf 0", false},
 		{"web", "EVAL return(redis.call('DEL','kuberollouttrigger:requested')) 0", false},
@@ -351,7 +364,14 @@ func TestManifestValkeyLeastPrivilege(t *testing.T) {
 		{"worker", "ZADD kuberollouttrigger:requested 1 x", false},
 		{"worker", "SUBSCRIBE other", false},
 		{"worker", "PSUBSCRIBE *", false},
-		{"worker", "EVAL return(1) 0", false},
+		{"worker", "EVAL return(redis.call('ZADD','kuberollouttrigger:requested',1,'x')) 0", false},
+		{"worker", "EVAL return(redis.call('PUBLISH','kuberollouttrigger','x')) 0", false},
+		{"worker", "HSET kuberollouttrigger:report:x a b", true},
+		{"worker", "HSET kuberollouttrigger:requested a b", false},
+		{"worker", "HSET other a b", false},
+		{"worker", "EXPIRE kuberollouttrigger:requested 1", false},
+		{"worker", "ZADD kuberollouttrigger:clusters 1 x", true},
+		{"worker", "DEL kuberollouttrigger:report:x", false},
 		{"worker", "KEYS *", false},
 		{"worker", "CLIENT LIST", false},
 		{"worker", "REPLICAOF 127.0.0.1 1", false},

@@ -75,7 +75,11 @@ func newClient(url string) *client {
 
 // post sends one body with one token; an empty token sends none.
 func (c *client) post(ctx context.Context, token, body string) (answer, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"/event", bytes.NewBufferString(body))
+	return c.send(ctx, http.MethodPost, "/event", token, body)
+}
+
+func (c *client) send(ctx context.Context, method, path, token, body string) (answer, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.url+path, bytes.NewBufferString(body))
 	if err != nil {
 		return answer{}, err
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -75,6 +76,16 @@ func memoryLimit(t testing.TB) int {
 	set := manifestNamed(t, readManifests(t, "../k8s/20-valkey.yaml"), "StatefulSet", "valkey")
 	containers, _, _ := unstructured.NestedSlice(set.Object, "spec", "template", "spec", "containers")
 	return int(memoryOf(t, containers[0].(map[string]any), "limits") >> 10)
+}
+
+// images are those in the ledger.
+func (m *manifestValkey) images(t testing.TB) []string {
+	t.Helper()
+	images, err := m.must(t, "ZRANGE", ledgerKey, "0", "-1").AsStrSlice()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return images
 }
 
 // fill makes the ledger full.
@@ -256,17 +267,17 @@ func TestValkeyLimitsBusy(t *testing.T) {
 }
 
 // TestValkeyLimitsLedger: the limits do not disturb a full ledger, its messages to
-// two workers, and a third that catches up.
+// two workers, a third that catches up, and the reports of all three.
 func TestValkeyLimitsLedger(t *testing.T) {
 	t.Parallel()
 	v := startManifestValkey(t, valkey.ClientOption{})
 	namespace := newNamespace(t)
 	kubeconfig := newWorkerUser(t, namespace).kubeconfig(t, sharedAPI.url)
 	web := startWeb(t, v.addr, v.settings("web")...)
-	start := func() *program {
-		return startWorker(t, v.addr, kubeconfig, append(v.settings("worker"), "WORKER_NAMESPACES="+namespace, "LOG_LEVEL=debug")...)
+	start := func(cluster string) *program {
+		return startWorker(t, v.addr, kubeconfig, append(v.settings("worker"), "WORKER_NAMESPACES="+namespace, "LOG_LEVEL=debug", "CLUSTER_NAME="+cluster)...)
 	}
-	workers := []*program{start(), start()}
+	workers := []*program{start("first"), start("second")}
 
 	const tags, repositories = 32, 20
 	job := newClient(web.url)
@@ -296,7 +307,7 @@ func TestValkeyLimitsLedger(t *testing.T) {
 	close(jobs)
 	posting.Wait()
 
-	workers = append(workers, start())
+	workers = append(workers, start("third"))
 	caughtUp := func(w *program) error {
 		for _, line := range w.logged(t, "msg", "caught up") {
 			if line["entries"] == float64(maxLedger) {
@@ -332,6 +343,22 @@ func TestValkeyLimitsLedger(t *testing.T) {
 			return nil
 		})
 	}
+	eventually(t, 60*time.Second, "each worker has reported on each image", func() error {
+		missing := maxLedger
+		for page := range slices.Chunk(v.images(t), 1000) {
+			script := "local n = 0 for _, image in ipairs(ARGV) do if redis.call('HLEN', '" + channel + ":report:' .. image) == 3 then n = n + 1 end end return n"
+			n, err := v.must(t, append([]string{"EVAL", script, "0"}, page...)...).AsInt64()
+			if err != nil {
+				return err
+			}
+			missing -= int(n)
+		}
+		if missing > 0 {
+			return fmt.Errorf("%d images lack reports", missing)
+		}
+		return nil
+	})
+	job.mustPush(t, "ghcr.io/acme/ledger-0:tag-0-0")
 	stats, err := v.must(t, "INFO", "stats").ToString()
 	if err != nil {
 		t.Fatal(err)
@@ -342,5 +369,7 @@ func TestValkeyLimitsLedger(t *testing.T) {
 			t.Errorf("INFO has no %s:0:\n%s", none, stats)
 		}
 	}
-	fmt.Printf("%s: %d images, %d workers, peak %d MiB\n", t.Name(), maxLedger, len(workers), v.peak(t)>>10)
+	memory, _ := v.must(t, "INFO", "memory").ToString()
+	_, used, _ := strings.Cut(memory, "used_memory_human:")
+	fmt.Printf("%s: %d images, %d workers, peak %d MiB, used_memory %.6s\n", t.Name(), maxLedger, len(workers), v.peak(t)>>10, used)
 }

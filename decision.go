@@ -114,3 +114,61 @@ func (q *requests) moment() moment {
 	defer q.mu.Unlock()
 	return moment{q.now(), q.earlierClock(), q.newest}
 }
+
+// verdict is what a request means for a Deployment.
+type verdict int
+
+const (
+	satisfied verdict = iota
+	expired           // the request is too old
+	skipped           // there is nothing to restart
+	deferred          // not now
+	due               // restart
+)
+
+// decision is a verdict with the request that leads to it.
+type decision struct {
+	verdict verdict
+	reason  string        // for the log
+	wait    time.Duration // if deferred: when to look again
+	image   usedImage
+	request request
+}
+
+// rules are the bounds of the decision.
+type rules struct {
+	window   time.Duration // how long a request counts
+	interval time.Duration // WORKER_RESTART_INTERVAL
+}
+
+// decide is the one rule for messages, catch-up and retries alike.
+func (b rules) decide(d *deployment, image usedImage, r request, m moment) decision {
+	next := decision{verdict: due, image: image, request: r}
+	age, interval := m.now.Sub(r.made), m.now.Sub(d.restarted.since)
+	switch {
+	case m.proves(d.restartedAt, r), m.proves(d.restarted.at, r):
+		next.verdict = satisfied
+	case !(r.announced && image.cachedAt.Before(r.made)) && image.addedAt.After(r.latest()):
+		next.verdict = satisfied // its pods came after the request
+	case age >= b.window:
+		next.verdict, next.reason = expired, "expired"
+	case d.deleting:
+		next.verdict, next.reason = skipped, "being deleted"
+	case d.paused: // being resumed leads to a look; this one is for the log
+		next.verdict, next.reason, next.wait = deferred, "paused", b.window-age
+	case interval < b.interval: // never if since is unknown
+		next.verdict, next.reason, next.wait = deferred, "restarted less than WORKER_RESTART_INTERVAL ago", b.interval-interval
+	}
+	return next
+}
+
+// proves reports whether a restartedAt shows a restart for a request or later. One
+// from the future proves nothing; in the worker's own form it may be a T that
+// another worker knows already. Any other form comes from somebody else's clock.
+func (m moment) proves(restartedAt string, r request) bool {
+	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
+		return own.UnixMicro() >= r.at && own.UnixMicro() <= max(m.clock.Add(restartedAtLead).UnixMicro(), m.newest)
+	}
+	other, err := time.Parse(time.RFC3339, restartedAt)
+	return err == nil && !other.Before(r.latest()) && !other.After(m.clock)
+}

@@ -1,0 +1,352 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"hash/fnv"
+	"maps"
+	"net/http"
+	"reflect"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/valkey-io/valkey-go"
+)
+
+// Workers write to Valkey what became of the newest request for each image, and web
+// answers GET /rollout from it. The hash <channel>:report:<image> has a report of
+// each cluster. The sorted set <channel>:clusters has when a worker of each cluster
+// was last alive, in microseconds on Valkey's clock.
+
+const (
+	reportAge      = time.Hour              // how long a request is followed, and a report kept
+	settledAge     = time.Minute            // how long it is followed at least: a watch may lag
+	reportInterval = 250 * time.Millisecond // between two reports about an image
+
+	aliveAge = 3 * catchUpInterval // how long a cluster counts as alive
+	awayAge  = 24 * time.Hour      // how long one that is not counts as away
+
+	readTimeout = 2500 * time.Millisecond // for one read of the reports
+	maxReading  = 8                       // at once; one about all that may be asked takes 0.5 MB
+)
+
+// rolloutState is one of rolloutStates. The greatest stands for several.
+type rolloutState int
+
+const (
+	unmatched   rolloutState = iota // no Deployment runs the image, or none may be restarted
+	complete                        // all pods are newer than the request, and available
+	progressing                     // not yet
+	pending                         // a live cluster has not reported
+	failed                          // a Deployment made no progress, or could not be restarted
+)
+
+var rolloutStates = []string{"unmatched", "complete", "progressing", "pending", "failed"}
+
+func (s rolloutState) MarshalText() ([]byte, error) { return []byte(rolloutStates[s]), nil }
+
+func (s *rolloutState) UnmarshalText(text []byte) error {
+	if *s = rolloutState(slices.Index(rolloutStates, string(text))); *s < 0 {
+		return errInvalid
+	}
+	return nil
+}
+
+// stateOf reads the status of a Deployment as `kubectl rollout status` does.
+func stateOf(object map[string]any) rolloutState {
+	number := func(m map[string]any, name string) int64 {
+		n, _ := m[name].(int64)
+		return n
+	}
+	spec, status := child(object, "spec"), child(object, "status")
+	if number(status, "observedGeneration") < number(child(object, "metadata"), "generation") {
+		return progressing
+	}
+	for _, condition := range children(status, "conditions") {
+		if condition["type"] == "Progressing" && condition["reason"] == "ProgressDeadlineExceeded" {
+			return failed
+		}
+	}
+	updated := number(status, "updatedReplicas")
+	if updated < number(spec, "replicas") || number(status, "replicas") > updated || number(status, "availableReplicas") < updated {
+		return progressing
+	}
+	return complete
+}
+
+// report is one whole snapshot of one worker's cache. It names no Deployment,
+// because the logs of a job may be public.
+type report struct {
+	State       rolloutState   `json:"state"`
+	RequestedAt string         `json:"requestedAt,omitempty"` // as restartedAt; it may be newer than what was asked for
+	Matched     int            `json:"matched"`               // Deployments that run the image
+	Restarted   int            `json:"restarted"`             // of those, have pods newer than the request
+	Complete    int            `json:"complete"`              // of those, all pods are available
+	Failed      int            `json:"failed"`                // made no progress, or could not be restarted
+	Deferred    map[string]int `json:"deferred,omitempty"`    // by reason: will be restarted later
+	Skipped     map[string]int `json:"skipped,omitempty"`     // by reason: will not be restarted
+	Warnings    map[string]int `json:"warnings,omitempty"`    // by pull policy that may keep the old image
+	ChangedAt   string         `json:"changedAt,omitempty"`   // on the worker's clock
+}
+
+// report takes a snapshot of what runs an image that is followed.
+func (w *worker) report(f *followed) report {
+	request, known := w.requests.get(f.image)
+	running := w.cache.running(f.image)
+	if !known || len(running) == 0 { // not known: not under ALLOWED_IMAGE_PREFIX
+		return report{RequestedAt: formatTime(max(f.at, request.at))}
+	}
+	r := report{RequestedAt: formatTime(request.at), Deferred: map[string]int{}, Skipped: map[string]int{}, Warnings: map[string]int{}}
+	m, states := w.requests.moment(), map[rolloutState]int{}
+	for _, d := range running {
+		r.Matched++
+		image := d.image(f.image)
+		if image.pinned {
+			r.Skipped[pinnedReason]++
+			continue
+		}
+		if image.pullPolicy != "" {
+			r.Warnings[image.pullPolicy]++
+		}
+		state := progressing
+		switch next := w.rules.decide(d, *image, request, m); next.verdict {
+		case satisfied:
+			r.Restarted++
+			state = d.rollout
+		case expired:
+			state = failed
+		case deferred:
+			r.Deferred[next.reason]++
+		case skipped:
+			r.Skipped[next.reason]++
+			state = unmatched
+		}
+		states[state]++
+		r.State = max(r.State, state)
+	}
+	r.Complete, r.Failed = states[complete], states[failed]
+	return r
+}
+
+// follower writes the reports about the images that were requested lately, and that
+// the cluster is alive.
+type follower struct {
+	worker   *worker
+	caughtUp atomic.Bool // since that was written
+	writing  health
+
+	mu     sync.Mutex
+	images map[string]*followed
+}
+
+// followed is an image whose newest request is followed until done.
+type followed struct {
+	image string
+	request
+	written, next report
+	done          bool
+}
+
+// follow begins to follow a request, unless it follows a newer one. It does not block.
+func (f *follower) follow(image string, r request) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	known := f.images[image]
+	if known != nil && known.at < r.at || known == nil && len(f.images) < 2*maxLedger && f.worker.now().Sub(r.made) < reportAge {
+		f.images[image] = &followed{image: image, request: r}
+	}
+}
+
+// run writes what has changed until ctx is done, with pauses that bound the writes
+// about an image whatever the fan-out.
+func (f *follower) run(ctx context.Context) {
+	for ; ctx.Err() == nil; sleep(ctx, reportInterval) {
+		if err := f.write(ctx); f.writing.set(err) && err != nil && ctx.Err() == nil {
+			f.worker.log.Warn("reports not written, trying again", "err", err)
+		}
+	}
+}
+
+func (f *follower) write(ctx context.Context) error {
+	revision := f.worker.cache.reached() // before the entries are read
+	if revision == 0 {
+		return nil // nothing would seem to run the images
+	}
+	pages := slices.Collect(slices.Chunk(f.changed(), ledgerPage))
+	if f.caughtUp.Swap(false) {
+		pages = append(pages, nil)
+	}
+	for _, images := range pages {
+		if err := f.worker.source.writeReports(ctx, f.worker.cfg.ClusterName, revision, images); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// changed returns the images whose next report differs from the written one. An
+// image is done when nothing more is to come.
+func (f *follower) changed() (images []*followed) {
+	now := f.worker.now()
+	f.mu.Lock()
+	maps.DeleteFunc(f.images, func(_ string, old *followed) bool { return now.Sub(old.made) > reportAge })
+	all := slices.Collect(maps.Values(f.images))
+	f.mu.Unlock()
+	for _, followed := range all {
+		if followed.done {
+			continue
+		}
+		followed.next = f.worker.report(followed)
+		followed.next.ChangedAt = followed.written.ChangedAt
+		if reflect.DeepEqual(followed.next, followed.written) {
+			followed.done = now.Sub(followed.made) > settledAge && followed.next.State <= complete
+			continue
+		}
+		followed.next.ChangedAt = formatTime(now.UnixMicro())
+		images = append(images, followed)
+	}
+	return images
+}
+
+func reportKey(channel, image string) string { return channel + ":report:" + image }
+func clustersKey(channel string) string      { return channel + ":clusters" }
+
+// reportScript stores that the cluster ARGV[1] is alive, and its reports ARGV[2]…,
+// each in the hash of KEYS. One about a newer T stands, and of the same T one from a
+// cache that had reached a later revision: a worker whose watch lags must not set it
+// back. It returns 1 for each report that it stored, and 0 for the others.
+var reportScript = valkey.NewLuaScript(fmt.Sprintf(`
+local now, stored = redis.call('TIME'), {}
+redis.call('ZADD', KEYS[1], now[1] .. string.format('%%06d', now[2]), ARGV[1])
+for i = 2, #KEYS do
+  local new, text = cjson.decode(ARGV[i]), redis.call('HGET', KEYS[i], ARGV[1])
+  local read, ahead = pcall(function()
+    local old = cjson.decode(text)
+    return old.requestedAt > new.requestedAt or old.requestedAt == new.requestedAt and old.revision > new.revision
+  end)
+  stored[i - 1] = read and ahead and 0 or 1
+  if stored[i - 1] == 1 then
+    redis.call('HSET', KEYS[i], ARGV[1], ARGV[i])
+    redis.call('EXPIRE', KEYS[i], %d)
+  end
+end
+return stored
+`, int(reportAge.Seconds())))
+
+// writeReports stores the next reports about images, which may be none, from a cache
+// that had reached a revision. What is not stored counts as not written.
+func (s *subscriber) writeReports(ctx context.Context, cluster string, revision uint64, images []*followed) error {
+	keys, args := []string{clustersKey(s.channel)}, []string{cluster}
+	for _, f := range images {
+		text, _ := json.Marshal(struct { // numbers and strings always can be
+			report
+			Revision uint64 `json:"revision"`
+		}{f.next, revision})
+		keys, args = append(keys, reportKey(s.channel, f.image)), append(args, string(text))
+	}
+	stored, err := reportScript.Exec(ctx, s.reader, keys, args).AsIntSlice()
+	for i := range stored {
+		if stored[i] == 1 {
+			images[i].written = images[i].next
+		}
+	}
+	return valkeyError("writing reports", err)
+}
+
+// rollout is the body of GET /rollout.
+type rollout struct {
+	State     rolloutState   `json:"state"`   // of all images
+	Version   string         `json:"version"` // of what was read, for the parameter seen
+	Images    []imageRollout `json:"images"`
+	Away      []string       `json:"away,omitempty"` // clusters that were alive within a day, and are not now
+	RequestID string         `json:"requestId"`
+}
+
+type imageRollout struct {
+	Image       string            `json:"image"`
+	State       rolloutState      `json:"state"` // of all live clusters
+	RequestedAt string            `json:"requestedAt"`
+	Clusters    map[string]report `json:"clusters"`
+	stored      map[string]string // by cluster
+}
+
+// readRollout reads the reports about the newest requests for images, which are not
+// older than since if that is not empty. The error is a 404 if there is none, also
+// within reportAge. The result is nil if it has the version seen.
+func (p *publisher) readRollout(ctx context.Context, images []string, since, seen string) (*rollout, error) {
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	select {
+	case p.reading <- struct{}{}:
+		defer func() { <-p.reading }()
+	case <-ctx.Done():
+		return nil, &denial{http.StatusServiceUnavailable, "too many jobs ask, try again", ctx.Err()}
+	}
+	b := p.reader.B()
+	commands := valkey.Commands{b.Time().Build(), b.Zrange().Key(clustersKey(p.channel)).Min("0").Max("-1").Withscores().Build()}
+	for _, image := range images {
+		commands = append(commands, b.Zscore().Key(ledgerKey(p.channel)).Member(image).Build(), b.Hgetall().Key(reportKey(p.channel, image)).Build())
+	}
+	replies := p.reader.DoMulti(ctx, commands...)
+	for _, reply := range replies {
+		if err := reply.Error(); err != nil && !valkey.IsValkeyNil(err) {
+			return nil, &denial{http.StatusServiceUnavailable, "the rollout cannot be read, try again", valkeyError("reading reports", err)}
+		}
+	}
+	clock, _ := replies[0].AsIntSlice()
+	clusters, _ := replies[1].AsZScores()
+	now, result, live := time.Unix(clock[0], 0), &rollout{}, []string{}
+	for _, cluster := range clusters {
+		if age := now.Sub(time.UnixMicro(int64(cluster.Score))); age <= aliveAge {
+			live = append(live, cluster.Member)
+		} else if age <= awayAge {
+			result.Away = append(result.Away, cluster.Member)
+		}
+	}
+	version := fnv.New64a()
+	fmt.Fprint(version, live, result.Away)
+	for i, image := range images {
+		score, _ := replies[2+2*i].AsFloat64()
+		reports, _ := replies[3+2*i].AsStrMap()
+		requestedAt := formatTime(int64(score))
+		if requestedAt < since || now.Sub(time.UnixMicro(int64(score))) > reportAge {
+			return nil, tell(http.StatusNotFound, fmt.Errorf("no request for %s since then, or within %s", image, reportAge))
+		}
+		result.Images = append(result.Images, imageRollout{Image: image, RequestedAt: requestedAt, stored: reports})
+		fmt.Fprint(version, requestedAt, reports)
+	}
+	if result.Version = strconv.FormatUint(version.Sum64(), 36); result.Version == seen {
+		return nil, nil
+	}
+	for i := range result.Images {
+		result.Images[i].decode(live, since)
+		result.State = max(result.State, result.Images[i].State)
+	}
+	return result, nil
+}
+
+// decode takes the reports about requests since a time. Those of clusters that are
+// not live do not count for the state.
+func (i *imageRollout) decode(live []string, since string) {
+	i.Clusters = map[string]report{}
+	for cluster, text := range i.stored {
+		var r report
+		if json.Unmarshal([]byte(text), &r) == nil && r.RequestedAt >= cmp.Or(since, i.RequestedAt) {
+			i.Clusters[cluster] = r
+		}
+	}
+	if len(live) == 0 {
+		i.State = pending
+	}
+	for _, cluster := range live {
+		if _, reported := i.Clusters[cluster]; !reported {
+			i.Clusters[cluster] = report{State: pending}
+		}
+		i.State = max(i.State, i.Clusters[cluster].State)
+	}
+}
