@@ -63,6 +63,7 @@ type workerConfig struct {
 	CatchUp         time.Duration // age of the oldest request that counts; 0: PubSub only
 	RestartInterval time.Duration // at least this long between two restarts of a Deployment; 0: off
 	Concurrency     int           // patches in flight
+	Events          bool          // write an Event about each restart
 	ClusterName     string        // tells clusters apart in logs and reports
 }
 
@@ -137,6 +138,8 @@ func (c *workerConfig) options() []option {
 			set: into(&c.RestartInterval, c.parseRestartInterval)},
 		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256",
 			expected: "a number from 1 to 256", set: into(&c.Concurrency, strconv.Atoi, isConcurrency)},
+		{env: "WORKER_EVENTS", def: "false", boolean: true, usage: "write an Event about each restart, for kubectl describe",
+			expected: "true or false", set: into(&c.Events, strconv.ParseBool)},
 		{env: "CLUSTER_NAME", def: "default", usage: "name of the cluster in logs and reports, another in each cluster",
 			expected: "1 to 63 letters, digits, dots, dashes or underscores", set: text(&c.ClusterName, clusterRE.MatchString)},
 	}...)

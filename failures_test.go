@@ -315,3 +315,31 @@ func TestHangingPatches(t *testing.T) {
 	w.awaitRestart("good/web", at)
 	close(next)
 }
+
+// Restarts do not wait for Events.
+func TestHangingEvents(t *testing.T) {
+	kube := newKubernetes(t)
+	done := make(chan struct{})
+	defer close(done)
+	var events atomic.Int64
+	kube.Front = func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodPost || r.URL.Path != "/api/v1/namespaces/a/events" {
+			return false
+		}
+		events.Add(1)
+		<-done
+		return true
+	}
+	for i := range 20 {
+		kube.Create(fmt.Sprint("a/", i), fake.Spec{Image: apiDev})
+	}
+	w := startWorker(t, kube, func(c *workerConfig) { c.Events = true })
+	begun, at := time.Now(), w.publish(apiDev)
+	for i := range 20 {
+		w.awaitRestart(fmt.Sprint("a/", i), at)
+	}
+	eventually(t, "each restart has an Event", func() bool { return events.Load() == 20 })
+	if took := time.Since(begun); took > 5*time.Second {
+		t.Errorf("the restarts took %s", took)
+	}
+}

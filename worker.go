@@ -8,10 +8,13 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/util/workqueue"
@@ -63,7 +66,8 @@ type worker struct {
 	catchUpDue chan struct{} // one slot
 	caughtUp   health
 	follower   *follower
-	notBefore  sync.Map // when a Deployment whose restart failed is due again, a time.Time by key
+	eventless  atomic.Bool // an Event could not be written, and the log says so
+	notBefore  sync.Map    // when a Deployment whose restart failed is due again, a time.Time by key
 }
 
 func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
@@ -282,6 +286,9 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 				return
 			}
 		}
+		if err == nil && w.cfg.Events {
+			go w.record(d, next)
+		}
 		w.settle(d, next, err)
 		return
 	}
@@ -390,6 +397,28 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned b
 		return errNoEffect
 	}
 	return nil
+}
+
+// record writes an Event about a restart, which keeps no other waiting. Its name
+// comes from T, so that any number of workers write one.
+func (w *worker) record(d *deployment, restart decision) {
+	ctx, cancel := context.WithTimeout(context.Background(), patchTimeout)
+	defer cancel()
+	now := w.now().UTC().Format(time.RFC3339)
+	event := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "v1", "kind": "Event",
+		"metadata":       map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
+		"involvedObject": map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
+		"type":           "Normal", "reason": "Restarted",
+		"message":        fmt.Sprintf("Restarted because %s was requested at %s", restart.image.ref, formatTime(restart.request.at)),
+		"source":         map[string]any{"component": fieldManager},
+		"firstTimestamp": now, "lastTimestamp": now, "count": int64(1),
+	}}
+	events := w.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "events"}) // where kubectl describe looks
+	_, err := events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
+	if err != nil && !apierrors.IsAlreadyExists(err) && !w.eventless.Swap(true) {
+		w.log.Warn("an Event could not be written, and later ones may be missing too; allow create on events, or unset WORKER_EVENTS", "err", err)
+	}
 }
 
 // outdated reports whether a patch was refused because the entry is outdated: the

@@ -114,7 +114,7 @@ func (c cluster) installHTTPRoute(t testing.TB) {
 func TestManifestsApply(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
-	objects := readManifests(t, "../k8s/*.yaml")
+	objects := append(readManifests(t, "../k8s/*.yaml"), readManifests(t, "../k8s/optional/*.yaml")...)
 	// A dry run makes no namespace, so that the first one has to be there.
 	c.mustApply(t, "", objects[:1], false)
 	c.mustApply(t, "", objects, true)
