@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"maps"
@@ -17,35 +18,55 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"sigs.k8s.io/yaml"
 )
 
-// documentedStep is the step that docs/github-actions.md shows. The job that
-// builds can get no token, and the job with the step can do nothing else.
-func documentedStep(t *testing.T) (script string, env map[string]string) {
-	var workflow struct {
+// documentedWorkflow is one that docs/github-actions.md shows.
+type documentedWorkflow struct {
+	Permissions map[string]string
+	Jobs        map[string]struct {
+		Needs       string
 		Permissions map[string]string
-		Jobs        map[string]struct {
-			Needs       string
-			Permissions map[string]string
-			Steps       []struct {
-				Shell, Run string
-				Env        map[string]string
-			}
+		Steps       []struct {
+			Uses, Shell, Run string
+			Env, With        map[string]string
 		}
 	}
-	err := yaml.Unmarshal([]byte(docBlocks(readDoc(t, "docs/github-actions.md"))[0].text), &workflow)
-	build, job := workflow.Jobs["image"], workflow.Jobs["rollout"]
-	if err != nil || workflow.Permissions != nil || job.Needs != "image" || !maps.Equal(job.Permissions, map[string]string{"id-token": "write"}) ||
-		!maps.Equal(build.Permissions, map[string]string{"contents": "read", "packages": "write"}) {
-		t.Fatalf("expected id-token: write in the job rollout only, and nothing else there, %v: %+v", err, workflow)
+}
+
+// documentedWorkflows returns the workflow with the action and the one without. The job
+// that builds can get no token, and the job that can does nothing else.
+func documentedWorkflows(t *testing.T) (workflows []documentedWorkflow) {
+	t.Helper()
+	for _, block := range docBlocks(readDoc(t, "docs/github-actions.md")) {
+		if !strings.Contains(block.text, "\njobs:") {
+			continue
+		}
+		var workflow documentedWorkflow
+		err := yaml.Unmarshal([]byte(block.text), &workflow)
+		build, job := workflow.Jobs["image"], workflow.Jobs["rollout"]
+		if err != nil || workflow.Permissions != nil || job.Needs != "image" || !maps.Equal(job.Permissions, map[string]string{"id-token": "write"}) ||
+			!maps.Equal(build.Permissions, map[string]string{"contents": "read", "packages": "write"}) || len(job.Steps) != 1 {
+			t.Fatalf("expected id-token: write in the job rollout only, and one step there, %v: %+v", err, workflow)
+		}
+		workflows = append(workflows, workflow)
 	}
-	if len(job.Steps) != 1 || job.Steps[0].Shell != "bash" || strings.Contains(job.Steps[0].Run, "${{") {
-		t.Fatalf("expected one step in bash without expressions: %+v", job.Steps)
+	if len(workflows) != 2 {
+		t.Fatalf("the page has %d workflows, expected 2", len(workflows))
 	}
-	return job.Steps[0].Run, job.Steps[0].Env
+	return workflows
+}
+
+// documentedStep is the step without the action.
+func documentedStep(t *testing.T) (script string, env map[string]string) {
+	step := documentedWorkflows(t)[1].Jobs["rollout"].Steps[0]
+	if step.Shell != "bash" || strings.Contains(step.Run, "${{") {
+		t.Fatalf("expected a step in bash without expressions: %+v", step)
+	}
+	return step.Run, step.Env
 }
 
 // fakeGitHub is the URL at which a job gets tokens, and a proxy in front of web.
@@ -54,13 +75,15 @@ type fakeGitHub struct {
 	sync.Mutex
 	audiences []string // that tokens were requested for
 	minted    []string
-	tokens    []string // that reached the proxy
-	failures  []int    // statuses with which the proxy answers next
+	requests  []string // path and query of those that reached the proxy
+	tokens    []string // with them
+	failures  []int    // statuses with which the proxy answers next; 0 passes a request on
 	forged    string   // the body of these answers
+	before    func()   // is called before an answer
 }
 
 func newFakeGitHub(t *testing.T, w *testWeb, failures []int, forged string) *fakeGitHub {
-	f, mux := &fakeGitHub{failures: failures, forged: forged}, http.NewServeMux()
+	f, mux := &fakeGitHub{failures: slices.Clone(failures), forged: forged, before: func() {}}, http.NewServeMux()
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: strings.TrimPrefix(w.url, "http://")})
 	mux.HandleFunc("GET /token", func(rw http.ResponseWriter, r *http.Request) {
 		f.Lock()
@@ -77,14 +100,16 @@ func newFakeGitHub(t *testing.T, w *testWeb, failures []int, forged string) *fak
 	mux.HandleFunc("/", func(rw http.ResponseWriter, r *http.Request) {
 		f.Lock()
 		defer f.Unlock()
-		f.tokens = append(f.tokens, r.Header.Get("Authorization"))
-		if len(f.failures) == 0 {
+		f.requests, f.tokens = append(f.requests, r.RequestURI), append(f.tokens, r.Header.Get("Authorization"))
+		f.before()
+		failure := append(f.failures, 0)[0]
+		f.failures = f.failures[min(1, len(f.failures)):]
+		if failure == 0 {
 			proxy.ServeHTTP(rw, r)
 			return
 		}
-		rw.WriteHeader(f.failures[0])
+		rw.WriteHeader(failure)
 		io.WriteString(rw, f.forged)
-		f.failures = f.failures[1:]
 	})
 	f.Server = httptest.NewServer(mux)
 	return f
@@ -93,20 +118,22 @@ func newFakeGitHub(t *testing.T, w *testWeb, failures []int, forged string) *fak
 // requestToken is what a runner gives to a job to get OIDC tokens with.
 const requestToken = "request-token-of-the-job"
 
-// runStep runs the documented step as a runner does. The step finds a sleep that
-// returns at once, curl and jq, and no other command. These two say when they run.
-// processes holds their arguments, and their environments but for the runner's own
-// variable.
-func runStep(t *testing.T, script string, vars map[string]string) (output string, code int, processes string) {
+// runStep runs a step as a runner does. The step finds a sleep that returns at once,
+// and the tools. Of these, curl and jq say when they run: processes holds their
+// arguments, and their environments but for the runner's own variable. When ctx is
+// done, the step is canceled.
+func runStep(t *testing.T, ctx context.Context, script string, vars map[string]string, tools ...string) (output string, code int, processes string) {
 	const wrapper = "#!/bin/sh\n(unset ACTIONS_ID_TOKEN_REQUEST_TOKEN; printf '%%s\\n' \"$@\"; export -p) >>$0.ran\necho ran %s >&2\nexec %s \"$@\"\n"
 	dir := t.TempDir()
 	files := map[string]string{"step": "PATH=" + dir + "\n" + script, "sleep": "#!/bin/sh\necho slept\n", "body": `{"image":"ghcr.io/acme/api:dev"}`}
-	for _, name := range []string{"curl", "jq"} {
+	for _, name := range tools {
 		path, err := exec.LookPath(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		files[name] = fmt.Sprintf(wrapper, name, path)
+		if files[name] = "#!/bin/sh\nexec " + path + ` "$@"` + "\n"; name == "curl" || name == "jq" {
+			files[name] = fmt.Sprintf(wrapper, name, path)
+		}
 	}
 	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
@@ -114,8 +141,8 @@ func runStep(t *testing.T, script string, vars map[string]string) (output string
 		}
 	}
 	// https://docs.github.com/en/actions/reference/workflows-and-actions/workflow-syntax#jobsjob_idstepsshell
-	cmd := exec.CommandContext(t.Context(), "bash", "--noprofile", "--norc", "-eo", "pipefail", "step")
-	cmd.Dir = dir
+	cmd := exec.CommandContext(ctx, "bash", "--noprofile", "--norc", "-eo", "pipefail", "step")
+	cmd.Dir, cmd.Cancel = dir, func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	for name, value := range vars {
 		cmd.Env = append(cmd.Env, name+"="+value)
 	}
@@ -133,8 +160,9 @@ func runStep(t *testing.T, script string, vars map[string]string) (output string
 var workflowCommandRE = regexp.MustCompile(`(?m)^\s*::.+?::.*|##\[.*`)
 
 // checkStep fails if a token is seen by other processes, or is used or printed
-// before it is masked, or if there is another command than masks and one error.
-func checkStep(t *testing.T, output, processes string, minted []string, failed bool) {
+// before it is masked, or if there are other commands than masks, the annotations,
+// and one error that comes last.
+func checkStep(t *testing.T, output, processes string, minted []string, failed bool, annotations ...string) {
 	t.Helper()
 	if strings.Contains(processes, requestToken) || strings.Contains(processes, "eyJ") || len(minted) > 0 && !strings.Contains(processes, "/event\n") {
 		t.Errorf("a token is in the arguments or the environment of a process:\n%s", processes)
@@ -149,7 +177,10 @@ func checkStep(t *testing.T, output, processes string, minted []string, failed b
 	commands := slices.DeleteFunc(workflowCommandRE.FindAllString(strings.ReplaceAll(output, "\r", "\n"), -1), func(command string) bool {
 		return slices.Contains(minted, strings.TrimPrefix(command, "::add-mask::"))
 	})
-	if failed && len(commands) == 1 && strings.HasPrefix(commands[0], "::error::") {
+	if failed {
+		annotations = append(annotations, "::error::")
+	}
+	if slices.EqualFunc(commands, annotations, strings.HasPrefix) && (!failed || strings.HasSuffix(output, commands[len(commands)-1]+"\n")) {
 		commands = nil
 	}
 	if len(commands) > 0 || strings.ContainsAny(output, "\r\x00\x1b%") || length > 20_000 {
@@ -183,18 +214,20 @@ func TestDocumentedWorkflow(t *testing.T) {
 		{name: "a name with capitals", vars: vars{"GITHUB_REPOSITORY": "Acme/API", "GITHUB_REF_NAME": "v1.2-RC"}, attempts: 1,
 			output: `"images":["ghcr.io/acme/api:v1.2-RC"]`, success: true},
 		{name: "transient errors", failures: []int{503, 502, 429}, attempts: 4, sleeps: 3, output: "status 503|status 429|accepted: ", success: true},
-		{name: "no connection", vars: vars{"ROLLOUT_URL": "http://127.0.0.1:1"}, sleeps: 11, output: "::error::not accepted after", noID: true},
-		{name: "no token", vars: vars{"ACTIONS_ID_TOKEN_REQUEST_URL": "http://127.0.0.1:1/?a=b"}, sleeps: 11, output: "::error::not accepted after|no token from GitHub", noID: true},
+		{name: "no connection", vars: vars{"ROLLOUT_URL": "http://127.0.0.1:1"}, sleeps: 11,
+			output: "status 000|::error::not accepted after 12 attempts", noID: true},
+		{name: "no token", vars: vars{"ACTIONS_ID_TOKEN_REQUEST_URL": "http://127.0.0.1:1/?a=b"}, sleeps: 11,
+			output: "curl: (7)|::error::not accepted after 12 attempts", noID: true},
 		{name: "another image", vars: vars{"BODY": `{"image":"docker.io/evil/api:dev"}`}, attempts: 1,
-			output: "::error::this job may not restart this image|docker.io/evil/api:dev"},
-		{name: "no tag", vars: vars{"BODY": `{"image":"ghcr.io/acme/api"}`}, attempts: 1, output: "::error::the request is invalid (400)|tag"},
-		{name: "too large", vars: vars{"BODY": strings.Repeat("a", 17<<10)}, attempts: 1, output: "::error::the request is invalid (413)"},
-		{name: "a body like a file of curl", vars: vars{"BODY": "@body"}, attempts: 1, output: "::error::the request is invalid (400)"},
-		{name: "another audience", vars: vars{"AUDIENCE": "https://other.example.com/?a=1&b=2"}, attempts: 1, output: "::error::the token is invalid|AUDIENCE"},
-		{name: "another path", vars: vars{"ROLLOUT_URL": "GITHUB/deep"}, attempts: 1, output: "::error::unexpected status 404|ROLLOUT_URL", noID: true},
+			output: "::error::refused with status 403|docker.io/evil/api:dev"},
+		{name: "no tag", vars: vars{"BODY": `{"image":"ghcr.io/acme/api"}`}, attempts: 1, output: "::error::refused with status 400|tag"},
+		{name: "too large", vars: vars{"BODY": strings.Repeat("a", 17<<10)}, attempts: 1, output: "::error::refused with status 413"},
+		{name: "a body like a file of curl", vars: vars{"BODY": "@body"}, attempts: 1, output: "::error::refused with status 400"},
+		{name: "another audience", vars: vars{"AUDIENCE": "https://other.example.com/?a=1&b=2"}, attempts: 1, output: "::error::refused with status 401"},
+		{name: "another path", vars: vars{"ROLLOUT_URL": "GITHUB/deep"}, attempts: 1, output: "::error::refused with status 404", noID: true},
 		{name: "a forged 202", failures: []int{202}, forged: hostile, attempts: 1, output: "accepted: ", success: true, noID: true},
-		{name: "a forged 403", failures: []int{403}, forged: hostile, attempts: 1, output: "::error::this job may not restart this image", noID: true},
-		{name: "a forged 418", failures: []int{418}, forged: hostile, attempts: 1, output: "::error::unexpected status 418", noID: true},
+		{name: "a forged 403", failures: []int{403}, forged: hostile, attempts: 1, output: "::error::refused with status 403", noID: true},
+		{name: "a forged 418", failures: []int{418}, forged: hostile, attempts: 1, output: "::error::refused with status 418", noID: true},
 		{name: "a forged 503", failures: []int{503}, forged: hostile, attempts: 2, sleeps: 1, output: "status 503|accepted: ", success: true},
 		{name: "a page of a proxy", failures: []int{502}, forged: strings.Repeat("<p>\n", 20_000), attempts: 2, sleeps: 1, output: "status 502 <p> <p>|accepted: ",
 			success: true},
@@ -214,7 +247,7 @@ func TestDocumentedWorkflow(t *testing.T) {
 			if env["GITHUB_REPOSITORY"] != "" {
 				script = lowerCase + "\n" + script
 			}
-			out, code, processes := runStep(t, script, env)
+			out, code, processes := runStep(t, t.Context(), script, env, "curl", "jq")
 			github.Close()
 			if (code == 0) != tt.success || len(github.tokens) != tt.attempts || strings.Count(out, "slept\n") != tt.sleeps {
 				t.Errorf("exit %d after %d attempts:\n%s", code, len(github.tokens), out)
@@ -224,7 +257,7 @@ func TestDocumentedWorkflow(t *testing.T) {
 					t.Errorf("the output has no %q:\n%s", part, out)
 				}
 			}
-			checkStep(t, out, processes, github.minted, strings.HasPrefix(tt.output, "::error::"))
+			checkStep(t, out, processes, github.minted, strings.Contains(tt.output, "::error::"))
 			if requestIDRE.MatchString(out) == tt.noID {
 				t.Errorf("the output has no request id, or one that is not web's:\n%s", out)
 			}

@@ -240,7 +240,7 @@ func (i *Issuer) ServeRunner() (requestURL, requestToken string) {
 	requestToken = rand.Text()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /token", func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("Authorization") != "bearer "+requestToken {
+		if !strings.EqualFold(r.Header.Get("Authorization"), "bearer "+requestToken) {
 			w.WriteHeader(http.StatusUnauthorized)
 			return
 		}
