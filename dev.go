@@ -3,7 +3,7 @@
 package main
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,10 +13,12 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"text/tabwriter"
 	"time"
 	"unicode"
@@ -34,7 +36,13 @@ func init() {
 	commands = append(commands, command{"dev", "try it here, without GitHub and without a cluster", runDev})
 }
 
-const devTimeout = 20 * time.Second
+const (
+	devTimeout = 20 * time.Second
+	devStep    = 500 * time.Millisecond // of a rollout in the fake cluster
+)
+
+// frozen is the Deployment of the fake cluster that is paused.
+const frozen = "shop/api-frozen"
 
 type devOptions struct {
 	once                   bool
@@ -63,7 +71,7 @@ func runDev(ctx context.Context, args []string, getenv func(string) string, stdo
 	}
 	defer pair.stop()
 	pair.introduce(stdout)
-	restarted, err := pair.story(ctx, stdout)
+	restarted, requestedAt, err := pair.story(ctx, stdout)
 	if err != nil {
 		return err
 	}
@@ -72,6 +80,9 @@ func runDev(ctx context.Context, args []string, getenv func(string) string, stdo
 	}
 	if o.once {
 		return nil
+	}
+	if err := pair.follow(ctx, stdout, requestedAt); err != nil {
+		return err
 	}
 	pair.invite(stdout)
 	n.flush(true)
@@ -126,6 +137,7 @@ type devPair struct {
 	issuer                    *fake.Issuer
 	requestURL, requestToken  string              // of the runner's token endpoint
 	kube                      *fake.KubernetesAPI // nil with --kubeconfig
+	rollouts                  atomic.Int64        // that have begun there
 	audience, valkey          string
 	webURL, webOps, workerOps string
 
@@ -197,9 +209,10 @@ func (p *devPair) stop() {
 func (p *devPair) startCluster(stderr io.Writer) (kubeconfig string, err error) {
 	p.kube = fake.NewKubernetesAPI(func(format string, args ...any) { fmt.Fprintf(stderr, format+"\n", args...) })
 	p.closers = append(p.closers, p.kube.Close)
+	p.kube.OnStore = p.rollOut
 	p.kube.Create("shop/api", fake.Spec{Image: p.image})
 	p.kube.Create("shop/api-migrated-first", fake.Spec{Image: "docker.io/library/nginx:1.29", Init: p.image})
-	p.kube.Create("shop/api-frozen", fake.Spec{Image: p.image, Paused: true})
+	p.kube.Create(frozen, fake.Spec{Image: p.image, Paused: true})
 	p.kube.Create("shop/storefront", fake.Spec{Image: "ghcr.io/acme/storefront:dev"})
 	dir, err := os.MkdirTemp("", "kuberollouttrigger-dev-")
 	if err != nil {
@@ -207,6 +220,26 @@ func (p *devPair) startCluster(stderr io.Writer) (kubeconfig string, err error) 
 	}
 	p.closers = append(p.closers, func() { os.RemoveAll(dir) })
 	return p.kube.Kubeconfig(dir), nil
+}
+
+// rollOut plays the Deployment controller, which replaces two pods after a patch.
+func (p *devPair) rollOut(object map[string]any) {
+	metadata := child(object, "metadata")
+	key := fmt.Sprintf("%v/%v", metadata["namespace"], metadata["name"])
+	pace := devStep * time.Duration(2+p.rollouts.Add(1)%2) / 2 // not all in step
+	go func() {
+		at := p.kube.RestartedAt(key)
+		for _, pods := range []struct{ updated, all int }{{0, 3}, {1, 3}, {2, 2}} {
+			time.Sleep(pace)
+			if p.kube.RestartedAt(key) != at {
+				return // another rollout has begun
+			}
+			p.kube.ChangeStatus(key, func(object map[string]any) {
+				object["status"] = map[string]any{"observedGeneration": child(object, "metadata")["generation"],
+					"updatedReplicas": pods.updated, "availableReplicas": 2, "replicas": pods.all}
+			})
+		}
+	}()
 }
 
 // environment is the user's, with a default for what is required, and without
@@ -276,33 +309,36 @@ func (p *devPair) introduce(stdout io.Writer) {
 	tw.Flush()
 }
 
-// story sends one event through and tells what happened.
-func (p *devPair) story(ctx context.Context, stdout io.Writer) (restarted bool, err error) {
-	fmt.Fprintf(stdout, "1. A job of %s has pushed %s and asks GitHub for a token.\n", p.repository, p.image)
-	token := p.issuer.Token(p.issuer.Claims(time.Now(), map[string]any{"aud": p.audience}))
-	fmt.Fprintf(stdout, "   It gets one: %d bytes, signed RS256, valid for five minutes.\n", len(token))
-
-	start := time.Now()
-	post := fmt.Appendf(nil, `{"image":%q}`, p.image)
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.webURL+"/event", bytes.NewReader(post))
+// send sends a request with a new token.
+func (p *devPair) send(ctx context.Context, method, path, body string) (status int, answer []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, method, p.webURL+path, strings.NewReader(body))
 	if err != nil {
-		return false, err
+		return 0, nil, err
 	}
+	token := p.issuer.Token(p.issuer.Claims(time.Now(), map[string]any{"aud": p.audience}))
 	req.Header = http.Header{"Authorization": {"Bearer " + token}, "Content-Type": {"application/json"}}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return false, err
+		return 0, nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
+	answer, err = io.ReadAll(resp.Body)
+	return resp.StatusCode, answer, err
+}
+
+// story sends one event through and tells what happened.
+func (p *devPair) story(ctx context.Context, stdout io.Writer) (restarted bool, requestedAt string, err error) {
+	fmt.Fprintf(stdout, "1. A job of %s has pushed %s. It gets a token from GitHub, signed RS256 and valid for five minutes.\n", p.repository, p.image)
+	start, post := time.Now(), fmt.Sprintf(`{"image":%q}`, p.image)
+	status, body, err := p.send(ctx, http.MethodPost, "/event", post)
 	if err != nil {
-		return false, err
+		return false, "", err
 	}
-	fmt.Fprintf(stdout, "2. It posts %s to web.\n   web answers %d %s", post, resp.StatusCode, body)
+	fmt.Fprintf(stdout, "2. It posts %s to web.\n   web answers %d %s", post, status, body)
 	var a accepted
-	if err := json.Unmarshal(body, &a); err != nil || resp.StatusCode != http.StatusAccepted {
+	if err := json.Unmarshal(body, &a); err != nil || status != http.StatusAccepted {
 		p.narrator.flush(false) // the reason
-		return false, fmt.Errorf("web answered %d instead of 202", resp.StatusCode)
+		return false, "", fmt.Errorf("web answered %d instead of 202", status)
 	}
 	outcome := "restarted nothing"
 	restarted, complete := p.narrator.await(ctx, a.RequestedAt)
@@ -314,8 +350,47 @@ func (p *devPair) story(ctx context.Context, stdout io.Writer) (restarted bool, 
 	if !complete {
 		fmt.Fprintln(stdout, "   It is not done yet.")
 	}
-	fmt.Fprintln(stdout)
-	return restarted, nil
+	return restarted, a.RequestedAt, nil
+}
+
+// follow asks web what becomes of a request, until it is complete or has failed. It
+// resumes the paused Deployment when nothing else is left.
+func (p *devPair) follow(ctx context.Context, stdout io.Writer, requestedAt string) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*devTimeout)
+	defer cancel()
+	query := url.Values{"image": {p.image}, "since": {requestedAt}, "wait": {"5s"}}
+	fmt.Fprintf(stdout, "4. The job asks what became of it: GET /rollout?%s\n", query.Encode())
+	for now := (rollout{}); ; {
+		query.Set("seen", now.Version)
+		status, body, err := p.send(ctx, http.MethodGet, "/rollout?"+query.Encode(), "")
+		if err == nil && status != http.StatusOK {
+			err = fmt.Errorf("web answered %d %s", status, body)
+		}
+		seen := now.Version
+		now = rollout{}
+		if err = cmp.Or(err, json.Unmarshal(body, &now)); err != nil {
+			return err
+		}
+		p.narrator.flush(false)
+		if now.Version != seen {
+			for _, r := range now.Images[0].Clusters {
+				deferred := ""
+				for reason, n := range r.Deferred {
+					deferred += fmt.Sprintf(", %d deferred (%s)", n, reason)
+				}
+				fmt.Fprintf(stdout, "   %s: %d run it, %d restarted, %d complete, %d failed%s\n",
+					rolloutStates[r.State], r.Matched, r.Restarted, r.Complete, r.Failed, deferred)
+				if p.kube != nil && r.Complete > 0 && r.Complete == r.Restarted && r.Deferred["paused"] > 0 {
+					fmt.Fprintf(stdout, "5. Somebody resumes %s.\n", frozen)
+					p.kube.Change(frozen, func(object map[string]any) { child(object, "spec")["paused"] = false })
+				}
+			}
+		}
+		if now.State != progressing && now.State != pending || ctx.Err() != nil {
+			fmt.Fprintln(stdout)
+			return nil
+		}
+	}
 }
 
 func (p *devPair) invite(stdout io.Writer) {
@@ -331,10 +406,14 @@ func (p *devPair) invite(stdout io.Writer) {
   curl -i -H "Authorization: Bearer $TOKEN" -H 'Content-Type: application/json' \
     -d '{"image":"%s"}' "${ROLLOUT_URL%%/}/event"
 
+The action does both, and waits for the end:
+
+  IMAGE='%s' bash action/rollout.sh
+
 Whatever web and the worker do about it appears here. Stop with Ctrl-C.
 LOG_LEVEL=info shows the logs of both.
 
-`, p.requestURL, p.requestToken, p.audience, p.webURL, p.image)
+`, p.requestURL, p.requestToken, p.audience, p.webURL, p.image, p.image)
 }
 
 // narrator reads the logs of both. It makes a line for people of what happens to

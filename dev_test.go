@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -108,6 +109,17 @@ func TestDevLive(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- run(ctx, []string{"dev"}, env(nil), &out, &logs) }()
 	eventually(t, "it invites", func() bool { return strings.Contains(out.String(), "Stop with Ctrl-C") })
+	told := `4. The job asks what became of it: GET /rollout\?image=\S+&since=\S+&wait=5s
+(   progressing: 3 run it, 2 restarted, [01] complete, 0 failed, 1 deferred \(paused\)
+)+   progressing: 3 run it, 2 restarted, 2 complete, 0 failed, 1 deferred \(paused\)
+5. Somebody resumes shop/api-frozen.
+(   worker .*
+)?(   progressing: 3 run it, 3 restarted, 2 complete, 0 failed
+)+   complete: 3 run it, 3 restarted, 3 complete, 0 failed
+`
+	if !regexp.MustCompile(told).MatchString(out.String()) {
+		t.Errorf("the story does not match %s\n%s", told, &out)
+	}
 	exported := func(name string) string {
 		m := regexp.MustCompile(`export ` + name + `='(.*)'`).FindStringSubmatch(out.String())
 		if m == nil {
@@ -141,6 +153,15 @@ func TestDevLive(t *testing.T) {
 	} {
 		request("POST", exported("ROLLOUT_URL")+"/event", tt.authorization, tt.body)
 		eventually(t, tt.want, func() bool { return strings.Contains(out.String(), tt.want) })
+	}
+	pasted := exec.CommandContext(ctx, "bash", "-euc", regexp.MustCompile(`IMAGE=.* bash action/rollout.sh`).FindString(out.String()))
+	for _, name := range []string{"ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "AUDIENCE", "ROLLOUT_URL"} {
+		pasted.Env = append(pasted.Env, name+"="+exported(name))
+	}
+	pasted.Env = append(pasted.Env, "PATH="+os.Getenv("PATH"))
+	followed, err := pasted.CombinedOutput()
+	if err != nil || !strings.Contains(string(followed), "s complete: 3 matched, 3 restarted, 3 complete, 0 failed\n") {
+		t.Errorf("%s: %v\n%s", pasted, err, followed)
 	}
 	if cancel(); <-done != nil || logs.String() != "" || !strings.Contains(out.String(), `"${ROLLOUT_URL%/}/event"`) {
 		t.Errorf("%s%s", &out, &logs)
