@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -90,10 +91,10 @@ func (n *nginx) config(t *testing.T, dir string) []byte {
 		{" /etc/nginx/tls.key;", " " + filepath.Join(dir, "tls.key") + ";"},
 		{" /var/log/nginx/access.log;", " " + filepath.Join(dir, "access.log") + ";"},
 	} {
-		if bytes.Count(text, []byte(change[0])) != 1 {
-			t.Fatalf("nginx.conf has %q %d times", change[0], bytes.Count(text, []byte(change[0])))
+		if !bytes.Contains(text, []byte(change[0])) {
+			t.Fatalf("nginx.conf has no %q", change[0])
 		}
-		text = bytes.Replace(text, []byte(change[0]), []byte(change[1]), 1)
+		text = bytes.ReplaceAll(text, []byte(change[0]), []byte(change[1]))
 	}
 	return text
 }
@@ -285,6 +286,55 @@ func TestNginxSlowAnswer(t *testing.T) {
 	a, err := n.client("127.0.0.1").post(t.Context(), github.mint(time.Now(), nil), imageBody(newImage()))
 	if err != nil || a.status != http.StatusServiceUnavailable || !strings.Contains(a.body, `"requestId"`) || a.took < time.Second {
 		t.Errorf("%d %s after %s, %v", a.status, a.body, a.took, err)
+	}
+}
+
+// TestNginxRollout: jobs that wait keep nobody from posting, and wait as long as web
+// lets them, which is longer than a POST takes. One client has 50 of them.
+func TestNginxRollout(t *testing.T) {
+	t.Parallel()
+	_, n := startWebBehindNginx(t)
+	image := newImage()
+	n.client("127.0.0.1").mustPush(t, image)
+	var present struct{ Version string }
+	a, err := n.client("127.0.0.1").get(t.Context(), "image="+image)
+	if err != nil || json.Unmarshal([]byte(a.body), &present) != nil || present.Version == "" {
+		t.Fatalf("GET /rollout: %d %s, %v", a.status, a.body, err)
+	}
+	wait := func(from string, jobs int, seconds int) (waited, refused int) {
+		client := n.client(from)
+		client.http.Timeout = 30 * time.Second
+		answers := make(chan answer, jobs)
+		for range jobs {
+			go func() {
+				a, err := client.get(t.Context(), fmt.Sprintf("image=%s&wait=%ds&seen=%s", image, seconds, present.Version))
+				if err != nil {
+					t.Error(err)
+				}
+				answers <- a
+			}()
+		}
+		if jobs < 50 {
+			time.Sleep(time.Second)
+			n.push(t, from)
+		}
+		for range jobs {
+			switch a := <-answers; {
+			case a.status == http.StatusTooManyRequests:
+				refused++
+			case a.status == http.StatusOK && a.took >= time.Duration(seconds)*time.Second:
+				waited++
+			default:
+				t.Errorf("%d %s after %s", a.status, a.body, a.took)
+			}
+		}
+		return waited, refused
+	}
+	if waited, refused := wait("127.0.0.2", 51, 2); waited != 50 || refused != 1 {
+		t.Errorf("of 51 jobs %d waited and %d were refused", waited, refused)
+	}
+	if waited, _ := wait("127.0.0.3", 30, 20); waited != 30 {
+		t.Errorf("%d of 30 jobs waited for 20 s", waited)
 	}
 }
 
