@@ -128,10 +128,10 @@ func (c cluster) get(t testing.TB, d deployment) *unstructured.Unstructured {
 	return object
 }
 
-// patch merges into a Deployment as the administrator.
-func (c cluster) patch(t testing.TB, d deployment, body string) {
+// patch merges into a Deployment, or its status, as the administrator.
+func (c cluster) patch(t testing.TB, d deployment, body string, subresource ...string) {
 	t.Helper()
-	if _, err := c.admin.Resource(deploymentsResource).Namespace(d.namespace).Patch(t.Context(), d.name, types.MergePatchType, []byte(body), metav1.PatchOptions{}); err != nil {
+	if _, err := c.admin.Resource(deploymentsResource).Namespace(d.namespace).Patch(t.Context(), d.name, types.MergePatchType, []byte(body), metav1.PatchOptions{}, subresource...); err != nil {
 		t.Error(err)
 	}
 }

@@ -27,10 +27,10 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// buildControlPlane returns the directory with etcd ("server", as Go names the
-// binary), kube-apiserver and kubectl, and builds them first if it must. The
-// directory is named after what they are built from, so a new version is a new
-// directory.
+// buildControlPlane returns the directory with the tools of controlplane/go.mod:
+// etcd ("server", as Go names the binary), kube-apiserver, kube-controller-manager,
+// kube-scheduler, kubectl and kwok. It builds them first if it must. The directory
+// is named after what they are built from, so a new version is a new directory.
 func buildControlPlane() (string, error) {
 	cache := os.Getenv("E2E_CACHE")
 	if cache == "" {
@@ -58,7 +58,7 @@ func buildControlPlane() (string, error) {
 		return bin, nil
 	}
 
-	fmt.Fprintf(os.Stderr, "e2e: building etcd, kube-apiserver and kubectl into %s; some five minutes with a cold Go cache\n", bin)
+	fmt.Fprintf(os.Stderr, "e2e: building the control plane into %s; some ten minutes with a cold Go cache\n", bin)
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", err
 	}
@@ -69,8 +69,7 @@ func buildControlPlane() (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(building)
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", building+"/",
-		"k8s.io/kubernetes/cmd/kube-apiserver", "k8s.io/kubernetes/cmd/kubectl", "go.etcd.io/etcd/server/v3")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", building+"/", "tool")
 	cmd.Dir = "controlplane"
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building the control plane: %w\n%s", err, out)
@@ -324,6 +323,14 @@ func newWorkerUser(t testing.TB, namespaces ...string) user {
 // proxy before the API server.
 func (u user) kubeconfig(t testing.TB, server string) string {
 	t.Helper()
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	if err := u.writeKubeconfig(path, server); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func (u user) writeKubeconfig(path, server string) error {
 	// JSON is YAML.
 	config, err := json.Marshal(map[string]any{
 		"apiVersion": "v1", "kind": "Config", "current-context": "e2e",
@@ -332,13 +339,9 @@ func (u user) kubeconfig(t testing.TB, server string) string {
 		"contexts": []any{map[string]any{"name": "e2e", "context": map[string]any{"cluster": "e2e", "user": u.name}}},
 	})
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	path := filepath.Join(t.TempDir(), "kubeconfig")
-	if err := os.WriteFile(path, config, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
+	return os.WriteFile(path, config, 0o600)
 }
 
 // create creates an object as the administrator.

@@ -5,7 +5,7 @@
 //	E2E_RACE=1 go test           # the same with race-detecting binaries
 //
 // The control plane is built from the Go module proxy into E2E_CACHE (default:
-// kuberollouttrigger-e2e in the user's cache directory), about five minutes the
+// kuberollouttrigger-e2e in the user's cache directory), about ten minutes the
 // first time. valkey-server and a C compiler must be installed. Once the
 // binaries are built and the Gateway API's module is there, all traffic stays on
 // loopback.
