@@ -308,6 +308,7 @@ func (p *publisher) readRollout(ctx context.Context, images []string, since, see
 			result.Away = append(result.Away, cluster.Member)
 		}
 	}
+	slices.Sort(live) // Valkey sorts by when they were alive
 	version := fnv.New64a()
 	fmt.Fprint(version, live, result.Away)
 	for i, image := range images {

@@ -366,6 +366,14 @@ func TestRolloutOfClusters(t *testing.T) {
 	expect("one runs it", "complete", `"west":{"state":"complete"`, `"matched":3`)
 	write("east", report{State: progressing, Matched: 1})
 	expect("the other progresses", "progressing", `"east":{"state":"progressing"`)
+	alive("east", time.Second)
+	alive("west", 0)
+	_, version, _ := w.rollout(apiQuery)
+	alive("east", 0)
+	alive("west", time.Second)
+	if _, again, text := w.rollout(apiQuery); again != version {
+		t.Errorf("the version changes when a cluster says that it is alive: %s", text)
+	}
 	write("west", report{State: failed, Matched: 3, Failed: 3})
 	expect("one failed", "failed", `"west":{"state":"failed"`)
 	write("east", report{State: complete, Matched: 1, Complete: 1})
