@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"sync"
@@ -316,11 +317,10 @@ func TestHangingPatches(t *testing.T) {
 	close(next)
 }
 
-// Restarts do not wait for Events.
+// Restarts do not wait for Events. One that another worker has written is no fault.
 func TestHangingEvents(t *testing.T) {
 	kube := newKubernetes(t)
 	done := make(chan struct{})
-	defer close(done)
 	var events atomic.Int64
 	kube.Front = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != http.MethodPost || r.URL.Path != "/api/v1/namespaces/a/events" {
@@ -328,6 +328,9 @@ func TestHangingEvents(t *testing.T) {
 		}
 		events.Add(1)
 		<-done
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusConflict)
+		io.WriteString(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"AlreadyExists","code":409}`)
 		return true
 	}
 	for i := range 20 {
@@ -341,5 +344,10 @@ func TestHangingEvents(t *testing.T) {
 	eventually(t, "each restart has an Event", func() bool { return events.Load() == 20 })
 	if took := time.Since(begun); took > 5*time.Second {
 		t.Errorf("the restarts took %s", took)
+	}
+	close(done)
+	time.Sleep(200 * time.Millisecond)
+	if w.logs.has("an Event could not be written") {
+		t.Error("it is logged")
 	}
 }

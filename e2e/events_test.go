@@ -81,5 +81,4 @@ func TestEvents(t *testing.T) {
 	if n := count() - before; n != 5 {
 		t.Errorf("two workers wrote %d Events about 5 restarts", n)
 	}
-
 }
