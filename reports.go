@@ -29,7 +29,7 @@ const (
 	reportInterval = 250 * time.Millisecond // between two reports about an image
 
 	aliveAge = 3 * catchUpInterval // how long a cluster counts as alive
-	awayAge  = 24 * time.Hour      // how long one that is not counts as away
+	awayAge  = 24 * time.Hour      // how long one that is not alive counts as away
 
 	readTimeout = 2500 * time.Millisecond // for one read of the reports
 	maxReading  = 8                       // at once; one about all that may be asked takes 0.5 MB
@@ -216,8 +216,8 @@ func (f *follower) changed() (images []*followed) {
 func reportKey(channel, image string) string { return channel + ":report:" + image }
 func clustersKey(channel string) string      { return channel + ":clusters" }
 
-// reportScript stores that the cluster ARGV[1] is alive, and its reports ARGV[2]…,
-// each in the hash of KEYS. One about a newer T stands, and of the same T one from a
+// reportScript stores that the cluster ARGV[1] is alive, in the set KEYS[1], and its
+// report ARGV[i] in the hash KEYS[i]. One about a newer T stands, and of the same T one from a
 // cache that had reached a later revision: a worker whose watch lags must not set it
 // back. It returns 1 for each report that it stored, and 0 for the others.
 var reportScript = valkey.NewLuaScript(fmt.Sprintf(`

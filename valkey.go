@@ -269,6 +269,7 @@ func (h *health) get() error {
 	return nil
 }
 
+// newValkeyClients returns two clients. An error ends the process.
 func newValkeyClients(cfg valkeyConfig, log *slog.Logger) (one, other valkey.Client, err error) {
 	if one, err = newValkeyClient(cfg, log); err == nil {
 		other, err = newValkeyClient(cfg, log)
