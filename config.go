@@ -24,7 +24,7 @@ import (
 // commonConfig is what web and worker share.
 type commonConfig struct {
 	LogLevel      slog.Level
-	OpsListenAddr string // host:port of the probes
+	OpsListenAddr string // host:port of probes and metrics
 	Valkey        valkeyConfig
 }
 
@@ -88,7 +88,7 @@ func (o option) String() string   { return o.env + " (--" + o.flagName() + ")" }
 func (c *commonConfig) options() []option {
 	return []option{
 		{env: "LOG_LEVEL", def: "info", usage: "debug, info, warn or error", set: into(&c.LogLevel, parseLogLevel)},
-		{env: "OPS_LISTEN_ADDR", def: ":8081", usage: "host:port of /healthz and /readyz", set: text(&c.OpsListenAddr, isListenAddr)},
+		{env: "OPS_LISTEN_ADDR", def: ":8081", usage: "host:port of /healthz, /readyz and /metrics", set: text(&c.OpsListenAddr, isListenAddr)},
 		{env: "VALKEY_ADDR", required: true, usage: "host:port of Valkey", set: text(&c.Valkey.Addr, isDialAddr)},
 		{env: "VALKEY_USERNAME", usage: "user name for Valkey's AUTH", set: text(&c.Valkey.Username)},
 		{env: "VALKEY_PASSWORD", secret: true, usage: "password for Valkey's AUTH", set: text(&c.Valkey.Password)},

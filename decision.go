@@ -109,6 +109,13 @@ func (q *requests) next() int64 {
 	return max(q.clock().UnixMicro(), q.newest+1)
 }
 
+// age is how long ago T was on the clock that gave it.
+func (q *requests) age(at int64) time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return max(0, q.clock().Sub(time.UnixMicro(at)))
+}
+
 func (q *requests) moment() moment {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -124,6 +131,15 @@ const (
 	skipped           // there is nothing to restart
 	deferred          // not now
 	due               // restart
+)
+
+// Reasons against a restart, for logs, reports and metrics.
+const (
+	pinnedReason   = "pinned by digest"
+	expiredReason  = "expired"
+	deletedReason  = "being deleted"
+	pausedReason   = "paused"
+	intervalReason = "restarted less than WORKER_RESTART_INTERVAL ago"
 )
 
 // decision is a verdict with the request that leads to it.
@@ -151,13 +167,13 @@ func (b rules) decide(d *deployment, image usedImage, r request, m moment) decis
 	case !(r.announced && image.cachedAt.Before(r.made)) && image.addedAt.After(r.latest()):
 		next.verdict = satisfied // its pods came after the request
 	case age >= b.window:
-		next.verdict, next.reason = expired, "expired"
+		next.verdict, next.reason = expired, expiredReason
 	case d.deleting:
-		next.verdict, next.reason = skipped, "being deleted"
+		next.verdict, next.reason = skipped, deletedReason
 	case d.paused: // being resumed leads to a look; this one is for the log
-		next.verdict, next.reason, next.wait = deferred, "paused", b.window-age
+		next.verdict, next.reason, next.wait = deferred, pausedReason, b.window-age
 	case interval < b.interval: // never if since is unknown
-		next.verdict, next.reason, next.wait = deferred, "restarted less than WORKER_RESTART_INTERVAL ago", b.interval-interval
+		next.verdict, next.reason, next.wait = deferred, intervalReason, b.interval-interval
 	}
 	return next
 }

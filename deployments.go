@@ -362,6 +362,7 @@ func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interfac
 		return nil, s.checkForbidden("watch", err)
 	}
 	s.setWatched(true)
+	watchesStarted.Inc()
 	age := time.AfterFunc(s.cache.watchAge, stream.Stop)
 	return agedWatch{stream, func() {
 		age.Stop()
@@ -411,11 +412,13 @@ func (s *scope) checkForbidden(verb string, err error) error {
 func (s *scope) Add(object any) error { return s.Update(object) }
 
 func (s *scope) Update(object any) error {
+	watchEventAt.Set(float64(s.cache.now().Unix()))
 	s.cache.put(newDeployment(object.(*unstructured.Unstructured)), fromWatch)
 	return nil
 }
 
 func (s *scope) Delete(object any) error {
+	watchEventAt.Set(float64(s.cache.now().Unix()))
 	key, err := cache.MetaNamespaceKeyFunc(object)
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()

@@ -11,7 +11,7 @@
 // request is in the ledger in Valkey and published. GET /rollout tells what became
 // of it. web and worker serve probes on OPS_LISTEN_ADDR
 // (:8081), which must stay internal: GET /healthz says that the process is alive,
-// GET /readyz that it can work, or with a 503 why not.
+// GET /readyz that it can work, or with a 503 why not, GET /metrics for Prometheus.
 //
 // Configuration comes from the environment; a flag of the same name overrides a
 // variable. Logs are JSON lines on standard error. The exit status is 0 after
@@ -203,11 +203,13 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	}
 	defer publisher.close()
 
-	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr}
+	waiting := make(chan struct{}, maxWaiting)
+	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr, metrics: webMetrics}
+	s.measure = func() { rolloutWaiting.Set(float64(len(waiting))) }
 	s.ready = func(ctx context.Context) error { return cmp.Or(verifier.ready(), publisher.ready(ctx)) }
 	s.task = func(ctx context.Context) error { verifier.run(ctx); return nil }
 	s.api = &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish,
-		readRollout: publisher.readRollout, waiting: make(chan struct{}, maxWaiting), stopping: ctx.Done()}
+		readRollout: publisher.readRollout, waiting: waiting, stopping: ctx.Done()}
 	return s.run(ctx)
 }
 
@@ -231,7 +233,8 @@ func serveWorker(ctx context.Context, cfg *workerConfig, client dynamic.Interfac
 	}
 	defer source.close()
 	worker := newWorker(*cfg, client, source, log, time.Now)
-	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, task: worker.run}
+	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, task: worker.run, metrics: workerMetrics}
+	s.measure = worker.measure
 	s.ready = func(context.Context) error { return worker.ready() }
 	return s.run(ctx)
 }

@@ -289,6 +289,7 @@ func (v *verifier) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		wait, refreshIn := keyFetchGap, spread(keyRefreshInterval)-keyFetchGap
 		if err := v.refresh(ctx); err != nil && ctx.Err() == nil {
+			keyFetches("error").Inc()
 			refreshIn = 0
 			if v.keys.Load() == nil {
 				wait = spread(backoff)
@@ -343,6 +344,8 @@ func (v *verifier) refresh(ctx context.Context) error {
 	if len(set.byID) == 0 {
 		return fmt.Errorf("%s: none of %d keys is usable", discovery.JWKSURI, len(jwks.Keys))
 	}
+	keyFetches("ok").Inc()
+	keysFetchedAt.Set(float64(set.fetched.Unix()))
 	if old := v.keys.Swap(set); old == nil || !reflect.DeepEqual(old.byID, set.byID) {
 		v.log.Info("fetched the issuer's keys", "issuer", v.issuer, "kids", slices.Sorted(maps.Keys(set.byID)), "skipped", len(jwks.Keys)-len(set.byID))
 	}

@@ -16,6 +16,10 @@ import (
 	"time"
 
 	"github.com/valkey-io/valkey-go"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
 // Workers write to Valkey what became of the newest request for each image, and web
@@ -213,6 +217,41 @@ func (f *follower) changed() (images []*followed) {
 	return images
 }
 
+// record writes an Event about a restart, which keeps no other waiting. Its name
+// comes from T, so that any number of workers write one.
+func (w *worker) record(d *deployment, restart decision) {
+	ctx, cancel := context.WithTimeout(context.Background(), patchTimeout)
+	defer cancel()
+	now := w.now().UTC().Format(time.RFC3339)
+	event := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "v1", "kind": "Event",
+		"metadata":       map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
+		"involvedObject": map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
+		"type":           "Normal", "reason": "Restarted",
+		"message":        fmt.Sprintf("Restarted because %s was requested at %s", restart.image.ref, formatTime(restart.request.at)),
+		"source":         map[string]any{"component": fieldManager},
+		"firstTimestamp": now, "lastTimestamp": now, "count": int64(1),
+	}}
+	events := w.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "events"}) // where kubectl describe looks
+	_, err := events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
+	if err != nil && !apierrors.IsAlreadyExists(err) && !w.eventless.Swap(true) {
+		w.log.Warn("an Event could not be written, and later ones may be missing too; allow create on events, or unset WORKER_EVENTS", "err", err)
+	}
+}
+
+// stored takes the next report for written, and counts rollouts that ended. One
+// that a worker finds at its start may have ended long before.
+func (f *followed) stored() {
+	first, ended := f.written.RequestedAt == "", f.next.State != progressing
+	if ended && (first && f.announced || !first && f.next.State != f.written.State) {
+		rollouts(rolloutStates[f.next.State]).Inc()
+		if f.next.State != unmatched {
+			rolloutSeconds.observe(time.Since(f.made))
+		}
+	}
+	f.written = f.next
+}
+
 func reportKey(channel, image string) string { return channel + ":report:" + image }
 func clustersKey(channel string) string      { return channel + ":clusters" }
 
@@ -252,7 +291,7 @@ func (s *subscriber) writeReports(ctx context.Context, cluster string, revision 
 	stored, err := reportScript.Exec(ctx, s.reader, keys, args).AsIntSlice()
 	for i := range stored {
 		if stored[i] == 1 {
-			images[i].written = images[i].next
+			images[i].stored()
 		}
 	}
 	return valkeyError("writing reports", err)

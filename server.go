@@ -9,10 +9,13 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/VictoriaMetrics/metrics"
 	"golang.org/x/net/netutil"
 )
 
@@ -69,11 +72,13 @@ func newServer(h http.Handler, headerTimeout time.Duration, log *slog.Logger) *h
 type service struct {
 	log     *slog.Logger
 	listen  func(network, addr string) (net.Listener, error)
-	opsAddr string                      // host:port of the probes
+	opsAddr string                      // host:port of probes and metrics
 	ready   func(context.Context) error // says why the process cannot work
 	task    func(context.Context) error // runs until its context is done
-	apiAddr string                      // host:port of api
-	api     http.Handler                // nil in worker
+	metrics *metrics.Set
+	measure func()       // sets the gauges that nothing else does
+	apiAddr string       // host:port of api
+	api     http.Handler // nil in worker
 
 	stopping atomic.Bool
 }
@@ -134,6 +139,7 @@ func drain(name string, server *http.Server) error {
 	return nil
 }
 
+// probes answers on the ops port.
 func (s *service) probes() http.Handler {
 	ok := func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") }
 	mux := http.NewServeMux()
@@ -148,6 +154,14 @@ func (s *service) probes() http.Handler {
 		} else {
 			ok(w, r)
 		}
+	})
+	metrics.ExposeMetadata(true)
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		s.measure()
+		s.metrics.WritePrometheus(w)
+		metrics.WriteGaugeUint64(w, fmt.Sprintf("%sbuild_info{version=%q,goversion=%q}", metricPrefix, versionString(), runtime.Version()), 1)
+		metrics.WriteProcessMetrics(w)
+		metrics.WriteFDMetrics(w)
 	})
 	return mux
 }
@@ -195,4 +209,92 @@ func (c *headerConn) Write(b []byte) (int, error) {
 		c.SetReadDeadline(time.Now().Add(lingerTimeout))
 	}
 	return c.Conn.Write(b)
+}
+
+const metricPrefix = "kuberollouttrigger_"
+
+// The metrics of the two processes; docs/operations.md explains them. All exist from
+// the start, so that their rates begin with 0.
+var (
+	webMetrics, workerMetrics = metrics.NewSet(), metrics.NewSet()
+
+	outcomes        = []string{"ok", "token", "keys", "claims", "request", "image", "quota", "unknown", "valkey", "bug"}
+	eventRequests   = newCounters(webMetrics, `requests_total{path="/event",outcome=%q}`, outcomes...)
+	rolloutRequests = newCounters(webMetrics, `requests_total{path="/rollout",outcome=%q}`, outcomes...)
+	keyFetches      = newCounters(webMetrics, `key_fetches_total{result=%q}`, "ok", "error")
+	keysFetchedAt   = webMetrics.NewGauge(metricPrefix+"keys_fetched_timestamp_seconds", nil)
+	rolloutWaiting  = webMetrics.NewGauge(metricPrefix+"rollout_waiting", nil)
+	verifySeconds   = newHistogram(webMetrics, "verify_seconds")
+	publishSeconds  = newHistogram(webMetrics, "publish_seconds")
+
+	messages            = newCounters(workerMetrics, `messages_total{result=%q}`, "heard", "ignored")
+	caughtUpRequests    = workerMetrics.NewCounter(metricPrefix + "caught_up_requests_total")
+	caughtUpAt          = workerMetrics.NewGauge(metricPrefix+"caught_up_timestamp_seconds", nil)
+	subscribed          = workerMetrics.NewGauge(metricPrefix+"subscribed", nil)
+	restarts            = workerMetrics.NewCounter(metricPrefix + "restarts_total")
+	skips               = newCounters(workerMetrics, `skips_total{reason=%q}`, pinnedReason, expiredReason, deletedReason)
+	deferrals           = newCounters(workerMetrics, `deferrals_total{reason=%q}`, pausedReason, intervalReason)
+	retries             = workerMetrics.NewCounter(metricPrefix + "retries_total")
+	conflicts           = workerMetrics.NewCounter(metricPrefix + "conflicts_total")
+	giveUps             = workerMetrics.NewCounter(metricPrefix + "give_ups_total")
+	ineffectiveRestarts = workerMetrics.NewCounter(metricPrefix + "ineffective_restarts_total")
+	restartSeconds      = newHistogram(workerMetrics, "restart_seconds")
+	rollouts            = newCounters(workerMetrics, `rollouts_total{state=%q}`, rolloutStates[complete], rolloutStates[failed], rolloutStates[unmatched])
+	rolloutSeconds      = newHistogram(workerMetrics, "rollout_seconds")
+	cachedDeployments   = workerMetrics.NewGauge(metricPrefix+"deployments", nil)
+	watchEventAt        = workerMetrics.NewGauge(metricPrefix+"watch_event_timestamp_seconds", nil)
+	watchesStarted      = workerMetrics.NewCounter(metricPrefix + "watches_started_total")
+	queueLength         = workerMetrics.NewGauge(metricPrefix+"queue_length", nil)
+)
+
+// counters are those of one metric that differ in the value of a label, which must
+// never come from outside.
+type counters func(value string) *metrics.Counter
+
+func newCounters(set *metrics.Set, name string, values ...string) counters {
+	c := func(value string) *metrics.Counter {
+		return set.GetOrCreateCounter(fmt.Sprintf(metricPrefix+name, value))
+	}
+	for _, value := range values {
+		c(value)
+	}
+	return c
+}
+
+// histogram counts durations in buckets as Prometheus does; those of the library
+// have bounds that PromQL cannot use.
+type histogram struct {
+	mu     sync.Mutex
+	counts [len(bucketBounds) + 1]uint64 // the last is of what exceeds all bounds
+	sum    float64                       // seconds
+}
+
+var bucketBounds = [...]float64{1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 3600}
+
+func newHistogram(set *metrics.Set, name string) *histogram {
+	h := &histogram{}
+	set.RegisterMetricsWriter(func(w io.Writer) { h.write(w, metricPrefix+name) })
+	return h
+}
+
+func (h *histogram) observe(d time.Duration) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	i, _ := slices.BinarySearch(bucketBounds[:], d.Seconds())
+	h.counts[i]++
+	h.sum += d.Seconds()
+}
+
+func (h *histogram) write(w io.Writer, name string) {
+	h.mu.Lock()
+	counts, sum := h.counts, h.sum
+	h.mu.Unlock() // a client that reads slowly must not hold up observe
+	metrics.WriteMetadataIfNeeded(w, name, "histogram")
+	var n uint64
+	for i, bound := range bucketBounds {
+		n += counts[i]
+		fmt.Fprintf(w, "%s_bucket{le=\"%g\"} %d\n", name, bound, n)
+	}
+	n += counts[len(bucketBounds)]
+	fmt.Fprintf(w, "%s_bucket{le=\"+Inf\"} %d\n%s_sum %g\n%s_count %d\n", name, n, name, sum, name, n)
 }

@@ -193,6 +193,7 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 			return
 		}
 		s.subscribed.set(nil)
+		subscribed.Set(1)
 		s.log.Info("subscribed", "channel", s.channel)
 		confirmed()
 	})
@@ -201,6 +202,7 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 			func(m valkey.PubSubMessage) { received(m.Message) })
 		err = cmp.Or(err, errors.New("the subscription ended")) // nil is valkey-go's answer to an UNSUBSCRIBE
 		err = valkeyError("subscribing to "+s.channel, err)
+		subscribed.Set(0)
 		if s.subscribed.set(err) && ctx.Err() == nil {
 			s.log.Warn("not subscribed", "err", err)
 		}

@@ -82,6 +82,7 @@ type route struct {
 	status  int
 	level   slog.Level
 	message string
+	count   counters // by outcome
 }
 
 // call is a request of a job.
@@ -90,12 +91,13 @@ type call struct {
 	r      *http.Request
 	id     string // requestId
 	claims claims // nil until the token is verified
+	check  string // that is being made, one of outcomes
 	line   []slog.Attr
 }
 
 var routes = map[string]route{
-	"/event":   {http.MethodPost, (*web).event, http.StatusAccepted, slog.LevelInfo, "accepted"},
-	"/rollout": {http.MethodGet, (*web).rollout, http.StatusOK, slog.LevelDebug, "rollout"},
+	"/event":   {http.MethodPost, (*web).event, http.StatusAccepted, slog.LevelInfo, "accepted", eventRequests},
+	"/rollout": {http.MethodGet, (*web).rollout, http.StatusOK, slog.LevelDebug, "rollout", rolloutRequests},
 	"/healthz": {method: http.MethodGet},
 }
 
@@ -131,6 +133,7 @@ func (s *web) serve(w http.ResponseWriter, r *http.Request, route route) {
 		}
 	}
 	if err == nil {
+		route.count("ok").Inc()
 		line = append(line, slog.Int("status", route.status))
 		s.log.LogAttrs(r.Context(), route.level, route.message, append(line, c.line...)...)
 		writeJSON(w, route.status, body)
@@ -138,6 +141,13 @@ func (s *web) serve(w http.ResponseWriter, r *http.Request, route route) {
 	}
 	d := &denial{status: http.StatusInternalServerError, reason: err}
 	errors.As(err, &d)
+	switch d.status {
+	case http.StatusNotFound:
+		c.check = "unknown"
+	case http.StatusInternalServerError:
+		c.check = "bug"
+	}
+	route.count(c.check).Inc()
 	if c.claims != nil || s.denials.allow(s.log) {
 		level := slog.LevelInfo
 		if d.status >= http.StatusInternalServerError {
@@ -171,30 +181,37 @@ func (s *web) answer(c *call, route route) (body any, err error) {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}
 	}()
+	c.check = "token"
 	token, err := bearerToken(c.r)
+	start := time.Now()
 	if err == nil {
 		c.claims, err = s.verifier.verify(token)
 	}
 	switch {
 	case errors.Is(err, errNoKeys):
+		c.check = "keys"
 		return nil, &denial{status: http.StatusServiceUnavailable, reason: err}
 	case err != nil:
 		return nil, &denial{status: http.StatusUnauthorized, reason: err}
 	}
+	verifySeconds.observe(time.Since(start))
+	c.check = "claims"
 	if err := s.policy.checkClaims(c.claims); err != nil {
 		return nil, &denial{status: http.StatusForbidden, reason: err}
 	}
+	c.check = "request"
 	return route.handle(s, c)
 }
 
 // allow checks that the job may restart the images.
-func (s *web) allow(c claims, images []string) error {
+func (s *web) allow(c *call, images []string) error {
+	c.check = "image"
 	for _, image := range images {
 		if !s.prefixes.allows(image) {
 			return tell(http.StatusForbidden, fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image))
 		}
 	}
-	if err := s.policy.checkImages(c, images); err != nil {
+	if err := s.policy.checkImages(c.claims, images); err != nil {
 		return tell(http.StatusForbidden, err)
 	}
 	return nil
@@ -204,19 +221,22 @@ func (s *web) allow(c claims, images []string) error {
 func (s *web) event(c *call) (any, error) {
 	images, err := readImages(c.w, c.r)
 	if err == nil {
-		err = s.allow(c.claims, images)
+		err = s.allow(c, images)
 	}
 	if err != nil {
 		return nil, err
 	}
-	reserved := s.quota.take(c.claims["repository_id"], len(images))
+	c.check = "valkey"
+	start, reserved := time.Now(), s.quota.take(c.claims["repository_id"], len(images))
 	// A client that hangs up must not keep the answer away, which says what it used.
 	p, err := s.publish(context.WithoutCancel(c.r.Context()), images, reserved)
+	publishSeconds.observe(time.Since(start))
 	s.quota.take(c.claims["repository_id"], p.added-reserved)
 	if err != nil {
 		return nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
 	}
 	if p.requestedAt == 0 {
+		c.check = "quota"
 		err := fmt.Errorf("the repository has requested %d images that were new within a day, and more are refused; reuse tags", maxNewImages)
 		return nil, tell(http.StatusTooManyRequests, err)
 	}
@@ -276,9 +296,10 @@ func (s *web) rollout(c *call) (any, error) {
 	if err != nil {
 		return nil, tell(http.StatusBadRequest, err)
 	}
-	if err := s.allow(c.claims, q.images); err != nil {
+	if err := s.allow(c, q.images); err != nil {
 		return nil, err
 	}
+	c.check = "valkey"
 	select {
 	case s.waiting <- struct{}{}:
 		defer func() { <-s.waiting }()

@@ -13,8 +13,6 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/util/workqueue"
@@ -41,8 +39,6 @@ const (
 	defaultWindow   = time.Hour        // how long a request counts when WORKER_CATCH_UP is 0
 	catchUpInterval = 30 * time.Second // between two reads of the ledger
 	catchUpTimeout  = 10 * time.Second // for one
-
-	pinnedReason = "pinned by digest"
 )
 
 // worker restarts what runs an image that was requested.
@@ -118,6 +114,12 @@ func (w *worker) ready() error {
 	return cmp.Or(w.cache.ready(), w.source.subscribed.get(), w.caughtUp.get())
 }
 
+// measure sets the gauges that are read when asked for.
+func (w *worker) measure() {
+	cachedDeployments.Set(float64(len(w.cache.store.ListKeys())))
+	queueLength.Set(float64(w.queue.Len()))
+}
+
 // handleMessage takes a message of the PubSub channel. It does not block.
 func (w *worker) handleMessage(text string) {
 	m, err := parseMessage([]byte(text))
@@ -128,8 +130,11 @@ func (w *worker) handleMessage(text string) {
 		err = w.remember(m.Image, request{at: m.RequestedAt, made: w.now(), announced: true})
 	}
 	if err != nil {
+		messages("ignored").Inc()
 		w.log.Warn("message ignored", "err", err)
+		return
 	}
+	messages("heard").Inc()
 }
 
 // remember keeps the newest request for an image and queues the Deployments that
@@ -142,6 +147,9 @@ func (w *worker) remember(image string, r request) error {
 	if added, err := w.requests.add(image, r); err != nil || !added {
 		return err
 	}
+	if !r.announced {
+		caughtUpRequests.Inc()
+	}
 	running := w.cache.running(image)
 	level := slog.LevelInfo
 	if !r.announced && len(running) == 0 {
@@ -151,6 +159,7 @@ func (w *worker) remember(image string, r request) error {
 	log.Log(context.Background(), level, "requested", "announced", r.announced, "matched", len(running))
 	for _, d := range running {
 		if d.image(image).pinned {
+			skips(pinnedReason).Inc()
 			log.Info("not restarted", "reason", pinnedReason, "namespace", d.namespace, "deployment", d.name)
 			continue
 		}
@@ -190,6 +199,9 @@ func (w *worker) catchUpLoop(ctx context.Context) {
 		case <-tick.C:
 		}
 		err := w.catchUp(ctx)
+		if err == nil {
+			caughtUpAt.Set(float64(w.now().Unix()))
+		}
 		if changed := w.caughtUp.set(err); err != nil && ctx.Err() == nil {
 			if changed {
 				w.log.Warn("catch-up failed, trying again", "err", err)
@@ -334,10 +346,17 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 	switch {
 	case next.verdict == satisfied:
 	case next.verdict == expired && w.backoff.NumRequeues(key) > 0:
+		giveUps.Inc()
 		log.Error("gave up: the restart failed until the request expired")
 	case next.verdict != due:
+		if next.verdict == deferred {
+			deferrals(next.reason).Inc()
+		} else {
+			skips(next.reason).Inc()
+		}
 		log.Info("not restarted", "reason", next.reason)
 	case errors.Is(err, errNoEffect):
+		ineffectiveRestarts.Inc()
 		log.Error("restart had no effect", "err", err)
 	case err == nil && next.image.pullPolicy != "":
 		log.Warn("restarted", "warning", "imagePullPolicy is "+next.image.pullPolicy+
@@ -345,6 +364,7 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 	case err == nil:
 		log.Info("restarted")
 	default:
+		retries.Inc()
 		delay := w.backoff.When(key)
 		if seconds, ok := apierrors.SuggestsClientDelay(err); ok {
 			delay = max(delay, min(time.Duration(seconds)*time.Second, maxRetryAfter))
@@ -388,6 +408,9 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned b
 		metadata, restartedAtAnnotation, restartedAt)
 	answer, err := w.client.Resource(deploymentsResource).Namespace(d.namespace).
 		Patch(ctx, d.name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager})
+	if apierrors.IsConflict(err) {
+		conflicts.Inc()
+	}
 	if err != nil {
 		return err
 	}
@@ -396,29 +419,9 @@ func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned b
 	if patched.restartedAt != restartedAt {
 		return errNoEffect
 	}
+	restarts.Inc()
+	restartSeconds.observe(w.requests.age(at))
 	return nil
-}
-
-// record writes an Event about a restart, which keeps no other waiting. Its name
-// comes from T, so that any number of workers write one.
-func (w *worker) record(d *deployment, restart decision) {
-	ctx, cancel := context.WithTimeout(context.Background(), patchTimeout)
-	defer cancel()
-	now := w.now().UTC().Format(time.RFC3339)
-	event := &unstructured.Unstructured{Object: map[string]any{
-		"apiVersion": "v1", "kind": "Event",
-		"metadata":       map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
-		"involvedObject": map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
-		"type":           "Normal", "reason": "Restarted",
-		"message":        fmt.Sprintf("Restarted because %s was requested at %s", restart.image.ref, formatTime(restart.request.at)),
-		"source":         map[string]any{"component": fieldManager},
-		"firstTimestamp": now, "lastTimestamp": now, "count": int64(1),
-	}}
-	events := w.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "events"}) // where kubectl describe looks
-	_, err := events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
-	if err != nil && !apierrors.IsAlreadyExists(err) && !w.eventless.Swap(true) {
-		w.log.Warn("an Event could not be written, and later ones may be missing too; allow create on events, or unset WORKER_EVENTS", "err", err)
-	}
 }
 
 // outdated reports whether a patch was refused because the entry is outdated: the
