@@ -4,17 +4,28 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+
+	"kuberollouttrigger/internal/fake"
 )
 
 // TestMain lets the test binary stand in for the program, so that its exit
@@ -159,6 +170,57 @@ func TestReadiness(t *testing.T) {
 			return strings.HasPrefix(resp.Status+" "+string(body), tt.want)
 		})
 	}
+}
+
+// TestSinglePass: the worker's client answers what the usual dynamic client answers,
+// errors too. An empty answer must not look like an empty cluster.
+func TestSinglePass(t *testing.T) {
+	const object = `{"kind":"Deployment","apiVersion":"apps/v1","metadata":{"name":"api","generation":7},"spec":{"paused":true,"x":[1,2.5,"a",null]}}`
+	status := func(reason string, code int) string {
+		return fmt.Sprintf(`{"kind":"Status","apiVersion":"v1","metadata":{},"status":"Failure","message":"no","reason":%q,"code":%d}`, reason, code)
+	}
+	for body, code := range map[string]int{
+		object: 200,
+		`{"kind":"DeploymentList","apiVersion":"apps/v1","metadata":{"resourceVersion":"9","continue":"x"},"items":[` + object + `,` + object + `]}`:  200,
+		`{"type":"ADDED","object":` + object + `}{"type":"BOOKMARK","object":` + object + `}{"type":"ERROR","object":` + status("Expired", 410) + `}`: 200,
+		`{}`: 200, `null`: 200, `[]`: 200, `<html>`: 200, status("Conflict", 200): 200, status("Conflict", 409): 409, status("Invalid", 422): 422, `{"a":1}`: 502,
+		`{"kind":"List","items":5}`: 200, `{"kind":"List","items":[5,` + object + `]}`: 200,
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(code)
+			io.WriteString(w, body)
+		}))
+		usual, ours := dynamic.NewForConfigOrDie(&rest.Config{Host: server.URL}), clientOf(t, &fake.KubernetesAPI{URL: server.URL})
+		if got, want := allAnswers(t, ours), allAnswers(t, usual); got != want {
+			t.Errorf("%d %s\n got %s\nwant %s", code, body, got, want)
+		}
+		server.Close()
+	}
+	s := singlePassSerializer{dynamic.ConfigFor(&rest.Config{}).NegotiatedSerializer}
+	if first := slices.Clone(s.SupportedMediaTypes()); !reflect.DeepEqual(first, s.SupportedMediaTypes()) {
+		t.Error("each call wraps the decoders once more")
+	}
+}
+
+// allAnswers is what a client makes of the answers to a list, a patch and a watch.
+func allAnswers(t *testing.T, client dynamic.Interface) (text string) {
+	show := func(answer any, err error) { text += fmt.Sprintf("%s %v %T\n", jsonBytes(answer), err, err) }
+	api := client.Resource(deploymentsResource).Namespace("team")
+	list, err := api.List(t.Context(), metav1.ListOptions{})
+	show(list, err)
+	show(api.Patch(t.Context(), "api", types.MergePatchType, []byte(`{}`), metav1.PatchOptions{}))
+	stream, err := api.Watch(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		return text + err.Error()
+	}
+	for event := range stream.ResultChan() {
+		if event.Type == watch.Error { // an invalid one has another text
+			event.Object.(*metav1.Status).Message, event.Object.(*metav1.Status).Details = "", nil
+		}
+		show(event, nil)
+	}
+	return text
 }
 
 // The production build holds nothing of what is for development and tests, and
