@@ -36,12 +36,12 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 		return usageError{errors.New("an argument holds a token; give it on standard input, where no list of processes shows it")}
 	}
 	var images []string
-	members := map[string]any{}
+	c := claims{}
 	cfg := &policyConfig{}
 	flags := flag.NewFlagSet("explain", flag.ContinueOnError)
 	flags.Func("claim", "name=value, a claim of the job; repeated for several; standard input is not read then", func(v string) error {
 		name, value, ok := strings.Cut(v, "=")
-		members[name] = value
+		c[name] = value
 		if !ok {
 			return errors.New("expected name=value")
 		}
@@ -67,17 +67,17 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 	if err == nil && len(images) == 0 {
 		err = errors.New("--image is missing; expected an image with its tag, such as ghcr.io/acme/api:dev")
 	}
-	if err == nil && len(members) == 0 {
-		members, err = readMembers(stdin)
+	if err == nil && len(c) == 0 {
+		c, err = readClaims(stdin)
 	}
 	if err != nil {
 		return usageError{err}
 	}
-	return printDecision(cfg, members, images, stdout)
+	return printDecision(cfg, c, images, stdout)
 }
 
-// readMembers reads a token, which it only decodes, or a JSON object of claims.
-func readMembers(stdin io.Reader) (map[string]any, error) {
+// readClaims reads a token, which it only decodes, or a JSON object of claims.
+func readClaims(stdin io.Reader) (claims, error) {
 	text, err := io.ReadAll(io.LimitReader(stdin, maxExplainBytes))
 	if err != nil {
 		return nil, fmt.Errorf("reading standard input: %w", err)
@@ -86,19 +86,19 @@ func readMembers(stdin io.Reader) (map[string]any, error) {
 	if signed, err := jose.ParseSignedCompact(string(payload), signatureAlgorithms); err == nil {
 		payload = signed.UnsafePayloadWithoutVerification()
 	}
-	members, err := decodeObject(payload)
+	c, err := decodeClaims(payload)
 	if err != nil {
 		return nil, fmt.Errorf("standard input has neither a token nor a JSON object of claims: %w", err)
 	}
-	if value, _ := members["value"].(string); tokenRE.MatchString(value) {
+	if tokenRE.MatchString(c.get("value")) {
 		return nil, errors.New("standard input has a token in the member value, as GitHub answers a job; give the token alone")
 	}
-	return members, nil
+	return c, nil
 }
 
 // printDecision asks what web.event asks, in the same order. web stops at the
 // first denial; explain prints the rest as well.
-func printDecision(cfg *policyConfig, members map[string]any, images []string, w io.Writer) error {
+func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) error {
 	line := func(name, text string) { fmt.Fprintf(w, "%-13s %s\n", name, text) }
 	verdict := func(name string, denial error) {
 		text := "yes"
@@ -108,7 +108,7 @@ func printDecision(cfg *policyConfig, members map[string]any, images []string, w
 		line(name, text)
 	}
 	p := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
-	c, claimsDenial := checkMembers(cfg, members)
+	claimsDenial := checkClaims(cfg, c)
 	line("token", "not verified, anybody could have written these claims")
 	if claimsDenial != nil {
 		verdict("claims", claimsDenial)
@@ -131,17 +131,15 @@ func printDecision(cfg *policyConfig, members map[string]any, images []string, w
 	return nil
 }
 
-// checkMembers makes web's checks that take no keys if the issuer is among the
-// members. They are made as of iat, because by now a token has usually expired.
-func checkMembers(cfg *policyConfig, members map[string]any) (claims, error) {
-	c := stringClaims(members)
-	if members["iss"] == nil {
-		return c, nil
+// checkClaims makes web's checks that take no keys if the issuer is among the
+// claims. They are made as of iat, because by now a token has usually expired.
+func checkClaims(cfg *policyConfig, c claims) error {
+	if c["iss"] == nil {
+		return nil
 	}
-	iat, _ := numericDate(members, "iat")
-	v := &verifier{issuer: cfg.Issuer, audience: cmp.Or(cfg.Audience, c["aud"]), now: func() time.Time { return iat }}
-	_, err := v.checkClaims(members)
-	return c, err
+	iat, _ := numericDate(c, "iat")
+	v := &verifier{issuer: cfg.Issuer, audience: cmp.Or(cfg.Audience, c.get("aud")), now: func() time.Time { return iat }}
+	return v.checkClaims(c)
 }
 
 // explain says what of the rule does not match.

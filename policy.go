@@ -73,11 +73,11 @@ func (p *policy) checkClaims(c claims) error {
 }
 
 func (p *policy) checkOwner(c claims) error {
-	owner := lowerASCII(c["repository_owner"])
+	owner := lowerASCII(c.get("repository_owner"))
 	if !slices.ContainsFunc(p.owners, func(allowed string) bool { return lowerASCII(allowed) == owner }) {
 		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.show("repository_owner"))
 	}
-	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c["repository_owner_id"]) {
+	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c.get("repository_owner_id")) {
 		return fmt.Errorf("repository_owner_id is %s, none of GITHUB_ALLOWED_ORG_ID", c.show("repository_owner_id"))
 	}
 	return nil
@@ -107,7 +107,7 @@ func (p *policy) checkImages(c claims, images []string) error {
 // An absent claim meets none, not even "*".
 func (r *rule) unmetCondition(c claims) *condition {
 	for _, cond := range r.conditions {
-		if value, ok := c[cond.claim]; !ok || !anyMatches(cond.values, value) {
+		if value, ok := c[cond.claim].(string); !ok || !anyMatches(cond.values, value) {
 			return &cond
 		}
 	}
@@ -374,7 +374,7 @@ func (p pattern) matchesPiece(s string) bool {
 func expand(patterns []pattern, c claims) (expanded []pattern) {
 	for _, p := range patterns {
 		expanded = append(expanded, pattern(placeholderRE.ReplaceAllStringFunc(string(p), func(placeholder string) string {
-			value := c[strings.Trim(placeholder, "{}")]
+			value := c.get(strings.Trim(placeholder, "{}"))
 			if value == "" || strings.Contains(value, "*") {
 				return placeholder
 			}

@@ -20,7 +20,7 @@ func jobClaims(changes claims) claims {
 		"job_workflow_ref": "acme/.github/.github/workflows/deploy.yml@refs/tags/v2", "base_ref": "",
 	}
 	maps.Copy(c, changes)
-	maps.DeleteFunc(c, func(_, v string) bool { return v == "-" })
+	maps.DeleteFunc(c, func(_ string, v any) bool { return v == "-" })
 	return c
 }
 

@@ -128,7 +128,7 @@ func (s *web) serve(w http.ResponseWriter, r *http.Request, route route) {
 	body, err := s.answer(c, route)
 	line := []slog.Attr{slog.String("request_id", c.id), slog.String("remote", r.RemoteAddr), slog.String("duration", time.Since(start).String())}
 	for _, name := range loggedClaims {
-		if value := c.claims[name]; value != "" {
+		if value := c.claims.get(name); value != "" {
 			line = append(line, slog.String(name, sanitize(value)))
 		}
 	}
@@ -227,11 +227,11 @@ func (s *web) event(c *call) (any, error) {
 		return nil, err
 	}
 	c.check = "valkey"
-	start, reserved := time.Now(), s.quota.take(c.claims["repository_id"], len(images))
+	start, reserved := time.Now(), s.quota.take(c.claims.get("repository_id"), len(images))
 	// A client that hangs up must not keep the answer away, which says what it used.
 	p, err := s.publish(context.WithoutCancel(c.r.Context()), images, reserved)
 	publishSeconds.observe(time.Since(start))
-	s.quota.take(c.claims["repository_id"], p.added-reserved)
+	s.quota.take(c.claims.get("repository_id"), p.added-reserved)
 	if err != nil {
 		return nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}
 	}
