@@ -186,14 +186,15 @@ type headerConn struct {
 // error is answered with 400.
 func (c *headerConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	for i := 0; i < n && !c.complete; i++ {
-		switch b[i] {
-		case '\r':
-		case '\n':
+	for line := range bytes.Lines(b[:n]) {
+		if c.complete || c.lines > maxHeaderLines {
+			break
+		}
+		text, ended := bytes.CutSuffix(line, []byte("\n"))
+		c.empty = c.empty && len(bytes.Trim(text, "\r")) == 0
+		if ended {
 			c.lines++
 			c.complete, c.empty = c.empty, true
-		default:
-			c.empty = false
 		}
 	}
 	if c.lines > maxHeaderLines {
