@@ -93,7 +93,7 @@ func newFakeGitHub(t *testing.T, w *testWeb, failures []int, forged string) *fak
 		if r.Header.Get("Authorization") != "Bearer "+requestToken || r.URL.Query().Get("api-version") != "2.0" {
 			t.Errorf("a token is requested with %s and %q", r.URL, r.Header)
 		}
-		token := w.issuer.token(t, w.issuer.claimsWith(map[string]any{"aud": audience, "jti": fmt.Sprint(len(f.audiences))}))
+		token := w.issuer.with(map[string]any{"aud": audience, "jti": fmt.Sprint(len(f.audiences))})
 		f.minted = append(f.minted, token)
 		fmt.Fprintf(rw, `{"count":%d,"value":%q}`, len(token), token)
 	})

@@ -168,7 +168,7 @@ func TestDocsClaimsCommand(t *testing.T) {
 	issuer := newTestIssuer(t)
 	for _, ref := range []string{"refs/heads/main", "refs/heads/~~~???>>>", "refs/heads/m"} { // - and _ and all lengths
 		want := issuer.claimsWith(map[string]any{"ref": ref})
-		out, code := shell(t, "token=$(cat)\n"+command, issuer.token(t, want))
+		out, code := shell(t, "token=$(cat)\n"+command, issuer.Token(want))
 		var got map[string]any
 		if err := json.Unmarshal([]byte(out), &got); err != nil || code != 0 || got["ref"] != ref || len(got) != len(want) {
 			t.Errorf("exit %d, %v: %s", code, err, out)

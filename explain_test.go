@@ -211,7 +211,7 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 			images = append(images, name+":"+tags[len(tags)-1])
 		}
 		claims := issuer.claimsWith(changes)
-		token := issuer.token(t, claims)
+		token := issuer.Token(claims)
 		cfg := &policyConfig{}
 		if err := parseConfig("explain", cfg, nil, env(vars)); err != nil {
 			t.Fatal(err)

@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"net/http"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,9 +14,7 @@ const testAudience = "https://kuberollouttrigger.example"
 // testIssuer is a fake issuer with a clock.
 type testIssuer struct {
 	*fake.Issuer
-	now         func() time.Time // when tokens are minted
-	jwksFetches *atomic.Int64
-	down        *atomic.Bool
+	now func() time.Time // when tokens are minted
 }
 
 func newTestIssuer(t testing.TB) *testIssuer {
@@ -25,19 +22,12 @@ func newTestIssuer(t testing.TB) *testIssuer {
 	i := fake.NewIssuer()
 	t.Cleanup(i.Close)
 	i.Audience = testAudience
-	return &testIssuer{i, time.Now, &i.JWKSFetches, &i.Down}
+	return &testIssuer{i, time.Now}
 }
-
-func (i *testIssuer) client() *http.Client  { return i.Client() }
-func (i *testIssuer) offline() *http.Client { return i.Offline() }
-
-func (i *testIssuer) claims() map[string]any { return i.claimsWith(nil) }
 
 func (i *testIssuer) claimsWith(changes map[string]any) map[string]any {
 	return i.Claims(i.now(), changes)
 }
-
-func (i *testIssuer) token(_ testing.TB, claims map[string]any) string { return i.Token(claims) }
 
 // with is a token with changed claims; nil removes one.
 func (i *testIssuer) with(changes map[string]any) string { return i.Token(i.claimsWith(changes)) }
@@ -48,7 +38,7 @@ func (i *testIssuer) withHeader(name string, value any) string {
 	if h[name] = value; value == nil {
 		delete(h, name)
 	}
-	return i.sign(string(jsonBytes(h)), string(jsonBytes(i.claims())))
+	return i.sign(string(jsonBytes(h)), string(jsonBytes(i.claimsWith(nil))))
 }
 
 func (i *testIssuer) sign(header, payload string) string {

@@ -30,7 +30,7 @@ func inBubble(t *testing.T, down bool, test func(t *testing.T, issuer *testIssue
 	synctest.Test(t, func(t *testing.T) {
 		issuer.now = time.Now
 		log := new(bytes.Buffer)
-		v := newVerifier(issuer.URL, testAudience, issuer.offline(), slog.New(slog.NewTextHandler(log, nil)), time.Now)
+		v := newVerifier(issuer.URL, testAudience, issuer.Offline(), slog.New(slog.NewTextHandler(log, nil)), time.Now)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { v.run(ctx); close(done) }()
@@ -319,7 +319,7 @@ func TestIssuerWithPath(t *testing.T) {
 				if req.URL.Path != "/.well-known/jwks" {
 					req.URL.Path = "/.well-known/openid-configuration"
 				}
-				return issuer.offline().Transport.RoundTrip(req)
+				return issuer.Offline().Transport.RoundTrip(req)
 			})}
 			url := issuer.URL + path
 			document := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -117,7 +117,7 @@ func TestCommandLine(t *testing.T) {
 // Each process is ready only if all that it depends on is.
 func TestReadiness(t *testing.T) {
 	issuer, downIssuer := newTestIssuer(t), newTestIssuer(t)
-	downIssuer.down.Store(true)
+	downIssuer.Down.Store(true)
 	_, valkey := testValkey(t)
 	m, downValkey := testValkey(t)
 	m.Close()
@@ -147,7 +147,7 @@ func TestReadiness(t *testing.T) {
 		logs := &logBuffer{}
 		log := newLogger(logs, slog.LevelInfo)
 		running.Go(func() {
-			serve := func() error { return serveWeb(ctx, cfg, tt.issuer.client(), log) }
+			serve := func() error { return serveWeb(ctx, cfg, tt.issuer.Client(), log) }
 			if tt.mode == "worker" {
 				serve = func() error { return serveWorker(ctx, worker, kube, log) }
 			}

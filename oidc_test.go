@@ -32,7 +32,7 @@ import (
 // newTestVerifier has the issuer's keys and no background.
 func newTestVerifier(t testing.TB, issuer *testIssuer) *verifier {
 	t.Helper()
-	v := newVerifier(issuer.URL, testAudience, issuer.client(), slog.New(slog.DiscardHandler), issuer.now)
+	v := newVerifier(issuer.URL, testAudience, issuer.Client(), slog.New(slog.DiscardHandler), issuer.now)
 	if err := v.refresh(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +196,7 @@ func TestVerifyRefuses(t *testing.T) {
 		}
 	}
 	w.expect("a good one", w.post(nil, `{"image":"ghcr.io/acme/api:dev"}`), http.StatusAccepted, "ghcr.io/acme/api:dev")
-	if n := issuer.jwksFetches.Load(); n != 1 {
+	if n := issuer.JWKSFetches.Load(); n != 1 {
 		t.Errorf("verify fetched the keys: %d fetches", n)
 	}
 }
@@ -207,7 +207,7 @@ func TestVerifyAccepts(t *testing.T) {
 	issuer.now = func() time.Time { return start }
 	v := newTestVerifier(t, issuer)
 	now := start.Unix()
-	payload, with := string(jsonBytes(issuer.claims())), issuer.with
+	payload, with := string(jsonBytes(issuer.claimsWith(nil))), issuer.with
 	kid, _ := issuer.Key()
 	plain := `{"alg":"RS256","kid":"` + kid + `"}`
 	plain += strings.Repeat(" ", (4-len(plain)%3)%3) // so that the last character has bits to spare

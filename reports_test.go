@@ -304,7 +304,7 @@ func TestBadReports(t *testing.T) {
 // get asks with a valid token of a job whose claims are changed.
 func (w *testWeb) get(changes map[string]any, query string) *http.Response {
 	w.t.Helper()
-	return w.send(http.MethodGet, "/rollout?"+query, http.Header{"Authorization": {"Bearer " + w.issuer.token(w.t, w.issuer.claimsWith(changes))}}, "")
+	return w.send(http.MethodGet, "/rollout?"+query, http.Header{"Authorization": {"Bearer " + w.issuer.with(changes)}}, "")
 }
 
 // rollout is the answer to a question that must be answered.
@@ -452,7 +452,7 @@ func TestRolloutWaiters(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		req.Header.Set("Authorization", "Bearer "+w.issuer.token(t, w.issuer.claims()))
+		req.Header.Set("Authorization", "Bearer "+w.issuer.with(nil))
 		if resp, err := http.DefaultClient.Do(req); err == nil {
 			resp.Body.Close()
 		}

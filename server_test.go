@@ -428,13 +428,13 @@ func TestSlowClients(t *testing.T) {
 				return publication{}, nil
 			}}
 		withService(t, h, alwaysReady, func(t *testing.T, s *testService) {
-			h.verifier = newVerifier(issuer.URL, testAudience, issuer.offline(), log, time.Now)
+			h.verifier = newVerifier(issuer.URL, testAudience, issuer.Offline(), log, time.Now)
 			if err := h.verifier.refresh(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			head := tt.head
 			if tt.token {
-				head += "Authorization: Bearer " + issuer.token(t, issuer.claims()) + "\r\n\r\n{"
+				head += "Authorization: Bearer " + issuer.with(nil) + "\r\n\r\n{"
 			}
 			conn, err := s.public.dial()
 			if err != nil {

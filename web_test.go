@@ -43,7 +43,7 @@ func newTestWeb(t *testing.T, trust string) *testWeb {
 	t.Helper()
 	issuer := newTestIssuer(t)
 	logs := &logBuffer{}
-	v := newVerifier(issuer.URL, testAudience, issuer.client(), slog.New(slog.NewJSONHandler(logs, nil)), time.Now)
+	v := newVerifier(issuer.URL, testAudience, issuer.Client(), slog.New(slog.NewJSONHandler(logs, nil)), time.Now)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); v.run(ctx) }()
@@ -425,7 +425,7 @@ func TestDenialsAreNotLogged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		logs := &logBuffer{}
 		log := slog.New(slog.NewJSONHandler(logs, nil))
-		v := newVerifier(issuer.URL, testAudience, issuer.offline(), log, time.Now)
+		v := newVerifier(issuer.URL, testAudience, issuer.Offline(), log, time.Now)
 		if err := v.refresh(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -493,7 +493,7 @@ func TestOddRequests(t *testing.T) {
 
 func TestIssuerNeverReached(t *testing.T) {
 	issuer := newTestIssuer(t)
-	v := newVerifier(issuer.URL, testAudience, issuer.client(), slog.New(slog.DiscardHandler), time.Now)
+	v := newVerifier(issuer.URL, testAudience, issuer.Client(), slog.New(slog.DiscardHandler), time.Now)
 	resp := newTestWebWith(t, issuer, v, "", &logBuffer{}).post(nil, `{"image":"ghcr.io/acme/api:dev"}`)
 	if resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {
 		t.Errorf("%d %v", resp.StatusCode, resp.Header)
@@ -519,7 +519,7 @@ func TestBadTokensLeaveNothing(t *testing.T) {
 	if after := runtime.NumGoroutine(); after > before+2 {
 		t.Errorf("%d goroutines before, %d after", before, after)
 	}
-	if n := w.issuer.jwksFetches.Load(); n != 1 {
+	if n := w.issuer.JWKSFetches.Load(); n != 1 {
 		t.Errorf("%d fetches of the keys", n)
 	}
 	w.expectNothing("bad tokens")
