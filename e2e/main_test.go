@@ -7,8 +7,8 @@
 // The control plane is built from the Go module proxy into E2E_CACHE (default:
 // kuberollouttrigger-e2e in the user's cache directory), about ten minutes the
 // first time. valkey-server and a C compiler must be installed. Once the
-// binaries are built and the Gateway API's module is there, all traffic stays on
-// loopback.
+// binaries are built and the modules of the Gateway API and the Prometheus Operator
+// are there, all traffic stays on loopback.
 //
 // Every test has namespaces, a Valkey, a web and workers of its own. All share one
 // API server, so no two tests may use the same image name (see newImage).

@@ -77,21 +77,30 @@ func resourceOf(object *unstructured.Unstructured) schema.GroupVersionResource {
 	return kind.GroupVersion().WithResource(plural)
 }
 
-// gatewayAPI is the module with the Gateway API's CustomResourceDefinitions, in the
-// last version that this Go can load.
-const gatewayAPI = "sigs.k8s.io/gateway-api@v1.6.3"
+// Modules with CustomResourceDefinitions, in the last version that this Go can load.
+const (
+	gatewayAPI         = "sigs.k8s.io/gateway-api@v1.6.3"
+	prometheusOperator = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
+)
 
 // installHTTPRoute adds the kind HTTPRoute of the Gateway API's standard channel.
 func (c cluster) installHTTPRoute(t testing.TB) {
 	t.Helper()
-	out, err := exec.Command("go", "mod", "download", "-json", gatewayAPI).Output()
+	c.installDefinition(t, gatewayAPI, "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml",
+		schema.GroupVersionResource{Group: "gateway.networking.k8s.io", Version: "v1", Resource: "httproutes"})
+}
+
+// installDefinition adds a kind that a file of a module defines.
+func (c cluster) installDefinition(t testing.TB, from, file string, kind schema.GroupVersionResource) {
+	t.Helper()
+	out, err := exec.Command("go", "mod", "download", "-json", from).Output()
 	var module struct{ Dir string }
 	if err := errors.Join(err, json.Unmarshal(out, &module)); err != nil {
-		t.Fatalf("downloading %s: %v\n%s", gatewayAPI, err, out)
+		t.Fatalf("downloading %s: %v\n%s", from, err, out)
 	}
-	definitions := readManifests(t, filepath.Join(module.Dir, "config/crd/standard/gateway.networking.k8s.io_httproutes.yaml"))
+	definitions := readManifests(t, filepath.Join(module.Dir, file))
 	c.mustApply(t, "", definitions, false)
-	eventually(t, 30*time.Second, "HTTPRoute is established and served", func() error {
+	eventually(t, 30*time.Second, kind.Resource+" are established and served", func() error {
 		definition, err := c.admin.Resource(resourceOf(definitions[0])).Get(t.Context(), definitions[0].GetName(), metav1.GetOptions{})
 		if err != nil {
 			return err
@@ -104,7 +113,7 @@ func (c cluster) installHTTPRoute(t testing.TB) {
 		if !slices.ContainsFunc(conditions, established) {
 			return fmt.Errorf("its conditions are %v", conditions)
 		}
-		_, err = c.admin.Resource(schema.GroupVersionResource{Group: "gateway.networking.k8s.io", Version: "v1", Resource: "httproutes"}).List(t.Context(), metav1.ListOptions{})
+		_, err = c.admin.Resource(kind).List(t.Context(), metav1.ListOptions{})
 		return err
 	})
 }
