@@ -46,8 +46,7 @@ func TestCatchUp(t *testing.T) {
 func TestCatchUpWindow(t *testing.T) {
 	t.Parallel()
 	for _, ahead := range []time.Duration{0, 2 * time.Hour} {
-		kube := newKubernetes(t)
-		kube.Create("a/api", fake.Spec{Image: apiDev})
+		kube := newKubernetes(t, "a/api")
 		kube.Create("a/init", fake.Spec{Image: initDev})
 		m, _ := testValkey(t)
 		recent, old := time.Now().Add(-50*time.Minute), time.Now().Add(-70*time.Minute)
@@ -80,11 +79,9 @@ func TestCaughtUpExpires(t *testing.T) {
 // WORKER_CATCH_UP=0 reads nothing from the ledger, and messages work.
 func TestNoCatchUp(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
 	m, _ := testValkey(t)
 	m.ZAdd("krt:requested", float64(time.Now().UnixMicro()), apiDev)
-	w := startWorkerOn(t, kube, m, func(c *workerConfig) { c.CatchUp = 0 })
+	w := startWorkerOn(t, newKubernetes(t, "a/api"), m, func(c *workerConfig) { c.CatchUp = 0 })
 	eventually(t, "the worker is ready", func() bool { return w.ready() == nil })
 	w.settled()
 	if n := w.patches("a/api"); n != 0 {
@@ -120,9 +117,7 @@ func TestCatchUpOfSeveralImages(t *testing.T) {
 func TestClocksApart(t *testing.T) {
 	t.Parallel()
 	for _, catchUp := range []time.Duration{time.Hour, 0} {
-		kube := newKubernetes(t)
-		kube.Create("a/api", fake.Spec{Image: apiDev})
-		w := startWorker(t, kube, func(c *workerConfig) { c.CatchUp = catchUp })
+		w := startWorker(t, newKubernetes(t, "a/api"), func(c *workerConfig) { c.CatchUp = catchUp })
 		w.valkey.SetTime(time.Now().Add(-2 * time.Hour))
 		w.awaitRestart("a/api", w.publish(apiDev))
 	}
@@ -166,27 +161,24 @@ func TestClockAheadAndThenBehind(t *testing.T) {
 // A message without T, typed by hand, means now.
 func TestMessageWithoutT(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
-	w := startWorker(t, kube)
+	w := startWorker(t, newKubernetes(t, "a/api"))
 	before := time.Now().Add(-time.Second) // the worker's idea of Valkey's clock is not exact
 	w.valkey.Publish("krt", `{"image":"ghcr.io/acme/api:dev"}`)
-	eventually(t, "it is restarted", func() bool { return kube.RestartedAt("a/api") >= formatTime(before.UnixMicro()) })
+	eventually(t, "it is restarted", func() bool { return w.kube.RestartedAt("a/api") >= formatTime(before.UnixMicro()) })
 	ahead := time.Now().Add(2 * time.Hour)
 	w.setValkeyClock(ahead)
 	w.valkey.Publish("krt", `{"image":"ghcr.io/acme/api:dev"}`)
-	eventually(t, "now is what Valkey's clock says", func() bool { return kube.RestartedAt("a/api") >= formatTime(ahead.Add(-time.Second).UnixMicro()) })
+	eventually(t, "now is what Valkey's clock says", func() bool { return w.kube.RestartedAt("a/api") >= formatTime(ahead.Add(-time.Second).UnixMicro()) })
 	w.setValkeyClock(time.Now())
-	last := kube.RestartedAt("a/api")
+	last := w.kube.RestartedAt("a/api")
 	w.valkey.Publish("krt", `{"image":"ghcr.io/acme/api:dev"}`)
-	eventually(t, "and no earlier than the newest T", func() bool { return kube.RestartedAt("a/api") > last })
+	eventually(t, "and no earlier than the newest T", func() bool { return w.kube.RestartedAt("a/api") > last })
 }
 
 // Valkey is a trust boundary: what web would not have sent is ignored.
 func TestHostileMessages(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	kube.Create("a/quay", fake.Spec{Image: "quay.io/acme/api:dev"})
 	w := startWorker(t, kube)
 	messages := []string{

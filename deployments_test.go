@@ -199,8 +199,7 @@ func TestLaggingWatch(t *testing.T) {
 func TestAnswerAfterDeletion(t *testing.T) {
 	t.Parallel()
 	for name, anew := range map[string]bool{"deleted": false, "made anew": true} {
-		kube := newKubernetes(t)
-		kube.Create("a/api", fake.Spec{Image: apiDev})
+		kube := newKubernetes(t, "a/api")
 		var w *testWorker
 		kube.Front = func(rw http.ResponseWriter, r *http.Request) bool {
 			if r.Method != http.MethodPatch {
@@ -232,10 +231,8 @@ func TestAnswerAfterDeletion(t *testing.T) {
 // A complete list counts, also from an API server that was restored from a backup.
 func TestListOfLowerVersions(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
-	w := startWorker(t, kube)
-	u := &unstructured.Unstructured{Object: kube.Object("a/api")}
+	w := startWorker(t, newKubernetes(t, "a/api"))
+	u := &unstructured.Unstructured{Object: w.kube.Object("a/api")}
 	u.SetResourceVersion("7")
 	setImage(webDev)(u.Object)
 	if err := w.cache.scopes[0].Replace([]any{newDeployment(u)}, "8"); err != nil || len(w.cache.running(webDev)) != 1 {

@@ -28,8 +28,7 @@ func runDevOnce(t *testing.T, vars map[string]string, args ...string) (out, logs
 
 // The cluster and the Valkey that the environment names are left alone.
 func TestDevOnce(t *testing.T) {
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	m, cfg := testValkey(t)
 	out, logs, err := runDevOnce(t, map[string]string{"KUBECONFIG": kube.Kubeconfig(t.TempDir()), "VALKEY_ADDR": cfg.Addr,
 		"VALKEY_TLS_ENABLED": "true", "WORKER_NAMESPACES": "a", "WORKER_SELECTOR": "a=b"})
@@ -85,8 +84,7 @@ func TestDevOnAClusterOfOnesOwn(t *testing.T) {
 
 // When the restart fails, it says so and tells the reason.
 func TestDevOutOfTime(t *testing.T) {
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	ctx, cancel := context.WithCancel(t.Context())
 	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		if len(kube.Patches("")) > 1 {

@@ -33,9 +33,7 @@ func sequence(key string, header http.Header, statuses ...int) func(fake.PatchCa
 
 func TestFailedRestartIsTriedAgain(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
-	kube.Create("a/broken", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api", "a/broken")
 	var works atomic.Bool
 	broken, api := failUnless(&works), sequence("a/api", nil, 500, 503, 422, 403)
 	kube.OnPatch = func(call fake.PatchCall) (int, http.Header) {
@@ -62,8 +60,7 @@ func TestFailedRestartIsTriedAgain(t *testing.T) {
 func TestPermanentRefusal(t *testing.T) {
 	t.Parallel()
 	for _, code := range []int{http.StatusConflict, http.StatusForbidden, http.StatusNotFound, http.StatusUnprocessableEntity} {
-		kube := newKubernetes(t)
-		kube.Create("a/api", fake.Spec{Image: apiDev})
+		kube := newKubernetes(t, "a/api")
 		kube.OnPatch = sequence("a/api", nil, code, code, code, code, code)
 		m, _ := testValkey(t)
 		w := newTestWorker(t, kube, m)
@@ -85,8 +82,7 @@ func TestPermanentRefusal(t *testing.T) {
 // newer request either.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	var mu sync.Mutex
 	var times []time.Time
 	refuse := sequence("a/api", http.Header{"Retry-After": {"1"}}, 429)
@@ -110,8 +106,7 @@ func TestRetryAfter(t *testing.T) {
 // A Deployment that changes all the time costs two patches and one list.
 func TestConflict(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
 		kube.ChangeStatus("a/api", func(object map[string]any) {
 			object["status"] = map[string]any{"observedGeneration": time.Now().UnixNano()}
@@ -130,36 +125,23 @@ func TestConflict(t *testing.T) {
 	}
 }
 
-// Another worker was faster by a hair: its newer T is not replaced by an older one.
-func TestOutdatedEntry(t *testing.T) {
+// Another worker was faster by a hair. Its newer T is not replaced by an older one;
+// after an older T, the patch carries the present resourceVersion.
+func TestOvertaken(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
-	newer := formatTime(time.Now().Add(time.Second).UnixMicro())
-	overtake := sync.OnceFunc(func() { kube.Change("a/api", setRestartedAt(newer)) })
-	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { overtake(); return 0, nil }
-	w := startWorker(t, kube)
-	w.publish(apiDev)
-	w.settled()
-	if n := w.patches("a/api"); n != 1 || kube.RestartedAt("a/api") != newer {
-		t.Errorf("%d patches, restartedAt is %s; the newer one was %s", n, kube.RestartedAt("a/api"), newer)
-	}
-}
-
-// Another worker restarted it for an older request. The patch stays apart from
-// those of that worker: it carries the present resourceVersion.
-func TestCrossedByAnOlderRequest(t *testing.T) {
-	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
-	older := formatTime(time.Now().Add(-time.Second).UnixMicro())
-	overtake := sync.OnceFunc(func() { kube.Change("a/api", setRestartedAt(older)) })
-	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { overtake(); return 0, nil }
-	w := startWorker(t, kube)
-	w.awaitRestart("a/api", w.publish(apiDev))
-	calls := kube.Patches("a/api")
-	if len(calls) != 2 || !strings.Contains(calls[1].Body, `"resourceVersion"`) {
-		t.Errorf("patches %v", calls)
+	for _, by := range []time.Duration{time.Second, -time.Second} {
+		kube := newKubernetes(t, "a/api")
+		theirs := formatTime(time.Now().Add(by).UnixMicro())
+		overtake := sync.OnceFunc(func() { kube.Change("a/api", setRestartedAt(theirs)) })
+		kube.OnPatch = func(fake.PatchCall) (int, http.Header) { overtake(); return 0, nil }
+		w := startWorker(t, kube)
+		ours := w.publish(apiDev)
+		w.awaitRestart("a/api", max(ours, theirs))
+		w.settled()
+		calls := kube.Patches("a/api")
+		if want := map[bool]int{true: 1, false: 2}[theirs > ours]; len(calls) != want || !strings.Contains(calls[want-1].Body, `"resourceVersion"`) {
+			t.Errorf("overtaken by %s: patches %v", by, calls)
+		}
 	}
 }
 
@@ -169,8 +151,7 @@ func TestRecreated(t *testing.T) {
 	t.Parallel()
 	for _, fails := range []bool{false, true} {
 		for name, created := range map[string]time.Duration{"before the request": -time.Minute, "after the request": time.Hour} {
-			kube := newKubernetes(t)
-			kube.Create("a/api", fake.Spec{Image: apiDev})
+			kube := newKubernetes(t, "a/api")
 			var works atomic.Bool
 			works.Store(!fails)
 			kube.OnPatch = failUnless(&works)
@@ -200,10 +181,8 @@ func TestRecreated(t *testing.T) {
 // A Deployment that is gone when its patch arrives is no failure.
 func TestDeletedMeanwhile(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
-	w := startWorker(t, kube)
-	kube.ChangeUnseen(func() { kube.Delete("a/api") })
+	w := startWorker(t, newKubernetes(t, "a/api"))
+	w.kube.ChangeUnseen(func() { w.kube.Delete("a/api") })
 	w.publish(apiDev)
 	eventually(t, "it was tried", func() bool { return w.patches("a/api") == 1 })
 	w.settled()
@@ -216,8 +195,7 @@ func TestDeletedMeanwhile(t *testing.T) {
 // the slow one does not put it back.
 func TestGitOpsAndTwoWorkers(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	var n atomic.Int32
 	both, removed := make(chan struct{}), make(chan struct{})
 	kube.OnPatch = func(fake.PatchCall) (int, http.Header) {
@@ -250,8 +228,7 @@ func TestGitOpsAndTwoWorkers(t *testing.T) {
 // A webhook that removes the annotation is reported, and not tried again.
 func TestNoEffect(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	kube.OnStore = removeAnnotation
 	w := startWorker(t, kube)
 	at := w.publish(apiDev)
@@ -269,8 +246,7 @@ func TestNoEffect(t *testing.T) {
 
 func TestGiveUp(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { return 500, nil }
 	w := startWorker(t, kube)
 	at := w.publish(apiDev)

@@ -70,10 +70,14 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	t.Fatalf("not within 10 s: %s", what)
 }
 
-func newKubernetes(t *testing.T) *fake.KubernetesAPI {
+// newKubernetes is an API server with Deployments that run apiDev.
+func newKubernetes(t *testing.T, deployments ...string) *fake.KubernetesAPI {
 	t.Helper()
 	kube := fake.NewKubernetesAPI(func(format string, args ...any) { t.Errorf(format, args...) })
 	t.Cleanup(kube.Close)
+	for _, key := range deployments {
+		kube.Create(key, fake.Spec{Image: apiDev})
+	}
 	return kube
 }
 

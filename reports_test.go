@@ -59,8 +59,7 @@ func (w *testWorker) awaitRollout(image string, want report) report {
 // A rollout is followed to its end, by the rules of kubectl rollout status.
 func TestRolloutIsFollowed(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	kube.ChangeStatus("a/api", available)
 	w := startWorker(t, kube)
 	w.publish(apiDev)
@@ -173,8 +172,7 @@ func TestReportGaveUp(t *testing.T) {
 // not is followed for an hour. Then nothing is written any more.
 func TestRolloutIsDone(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	kube.Create("a/web", fake.Spec{Image: webDev})
 	w := startWorker(t, kube, func(c *workerConfig) { c.CatchUp = 3 * time.Hour })
 	w.publish(apiDev, webDev, "ghcr.io/other/api:dev")
@@ -254,8 +252,7 @@ func TestNewestReportStands(t *testing.T) {
 // again: that worker may be gone.
 func TestRefusedReportIsTriedAgain(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	w := startWorker(t, kube)
 	at := w.request(apiDev)
 	w.awaitRollout(apiDev, report{State: progressing, Matched: 1, Restarted: 1})
@@ -391,8 +388,7 @@ func TestRolloutOfClusters(t *testing.T) {
 // over, however long a request may otherwise take to be read.
 func TestRolloutWaits(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	w := newTestWeb(t, "")
 	hasty := httptest.NewUnstartedServer(nil)
 	hasty.Config = newServer(w.handler, headerTimeout, w.handler.log)

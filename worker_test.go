@@ -14,8 +14,7 @@ import (
 
 func TestRestartsWhatRunsTheImage(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/container", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/container")
 	kube.Create("b/init", fake.Spec{Image: "nginx", Init: apiDev})
 	kube.Create("c/volume", fake.Spec{Image: "nginx", Volume: apiDev})
 	kube.Create("d/other-tag", fake.Spec{Image: "ghcr.io/acme/api:main"})
@@ -142,8 +141,7 @@ func TestPausedForTheWholeWindow(t *testing.T) {
 // more restart at its end, with the newest T.
 func TestRestartInterval(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	const interval = 400 * time.Millisecond
 	var patched atomic.Pointer[[]time.Time]
 	patched.Store(&[]time.Time{})
@@ -224,8 +222,7 @@ func failUnless(works *atomic.Bool) func(fake.PatchCall) (int, http.Header) {
 // and not when the Deployment is looked at for another reason.
 func TestGitOpsIsNotFought(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/api")
 	kube.Create("a/git", fake.Spec{Image: apiDev, RestartedAt: "2024-01-01T00:00:00Z"})
 	w := startWorker(t, kube)
 	at := w.publish(apiDev)
@@ -294,9 +291,7 @@ func TestCrossingRequestsInThreeWorkers(t *testing.T) {
 // left to the next worker.
 func TestStopFinishesThePatchInFlight(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t)
-	kube.Create("a/first", fake.Spec{Image: apiDev})
-	kube.Create("a/second", fake.Spec{Image: apiDev})
+	kube := newKubernetes(t, "a/first", "a/second")
 	arrived, release := make(chan string, 4), make(chan struct{})
 	kube.OnPatch = func(call fake.PatchCall) (int, http.Header) {
 		arrived <- call.Key
