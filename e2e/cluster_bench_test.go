@@ -25,7 +25,9 @@ func BenchmarkWorkerMemory(b *testing.B) {
 
 	c := startCluster(b)
 	image := newImage()
-	large := c.createLarge(b, deployments, image, matching)
+	large := largeDeployments(deployments, image, matching)
+	c.createTeams(b)
+	c.createLarge(b, large)
 	valkey := startValkey(b)
 	job := newClient(startWeb(b, valkey.addr).url)
 
@@ -88,25 +90,36 @@ func goMemLimit(b testing.TB, container map[string]any) string {
 	return ""
 }
 
-// createLarge fills 40 namespaces with Deployments of 6 kB, of which the first few
-// run the image.
-func (c cluster) createLarge(b *testing.B, deployments int, image string, matching int) (large []deployment) {
-	b.Helper()
+// largeDeployments are so many Deployments for createLarge. Those below matching run the image.
+func largeDeployments(deployments int, image string, matching int) (all []deployment) {
 	for i := range deployments {
-		d := deployment{namespace: fmt.Sprintf("team-%d", i%40), name: fmt.Sprintf("application-%d", i), images: []string{newImage(), "ghcr.io/acme/sidecar:v1"}}
+		d := deployment{namespace: fmt.Sprintf("team-%d", i%teams), name: fmt.Sprintf("application-%d", i), images: []string{newImage(), "ghcr.io/acme/sidecar:v1"}}
 		if i < matching {
 			d.images[0] = image
 		}
-		large = append(large, d)
+		all = append(all, d)
 	}
-	for i := range 40 {
+	return all
+}
+
+const teams = 40 // namespaces that large Deployments are in
+
+// createTeams creates the namespaces of large Deployments.
+func (c cluster) createTeams(b *testing.B) {
+	b.Helper()
+	for i := range teams {
 		c.namespace(b, fmt.Sprintf("team-%d", i))
 	}
+}
+
+// createLarge creates Deployments of 6 kB.
+func (c cluster) createLarge(b *testing.B, all []deployment) {
+	b.Helper()
 	var env []any
 	for i := range 30 {
 		env = append(env, map[string]any{"name": fmt.Sprintf("A_SETTING_OF_THE_APPLICATION_%d", i), "value": strings.Repeat("x", 60)})
 	}
-	each(large, func(d deployment) {
+	each(all, func(d deployment) {
 		object := &unstructured.Unstructured{Object: d.object()}
 		containers, _, _ := unstructured.NestedSlice(object.Object, "spec", "template", "spec", "containers")
 		containers[0].(map[string]any)["env"] = env
@@ -121,7 +134,6 @@ func (c cluster) createLarge(b *testing.B, deployments int, image string, matchi
 	if b.Failed() {
 		b.FailNow()
 	}
-	return large
 }
 
 // restartAll pushes the image and waits until all have been restarted.

@@ -98,14 +98,34 @@ func verifyTime(t testing.TB) float64 {
 //
 //	go test -run '^$' -bench WebMemory -benchtime 1x
 func BenchmarkWebMemory(b *testing.B) {
-	for _, shape := range headerShapes {
-		benchmarkWebMemory(b, shape.name, func(conn net.Conn) {
-			_, _ = io.WriteString(conn, shape.header)
-			hold(conn)
+	limit := memoryOf(b, manifestContainer(b, "../k8s/30-web.yaml", "web"), "limits")
+	for _, attack := range webAttacks() {
+		b.Run(attack.name, func(b *testing.B) {
+			idle, peak := webPeak(b, attack.run)
+			b.ReportMetric(float64(idle)/1024, "idle-MiB")
+			b.ReportMetric(float64(peak)/1024, "peak-MiB")
+			if int64(peak)<<10 > limit {
+				b.Errorf("the peak is %d KiB, and k8s/ limits it to %d", peak, limit>>10)
+			}
 		})
 	}
+}
+
+// webAttack is what one connection does.
+type webAttack struct {
+	name string
+	run  func(net.Conn)
+}
+
+func webAttacks() (all []webAttack) {
+	for _, shape := range headerShapes {
+		all = append(all, webAttack{shape.name, func(conn net.Conn) {
+			_, _ = io.WriteString(conn, shape.header)
+			hold(conn)
+		}})
+	}
 	expired := github.mint(time.Now().Add(-time.Hour), nil)
-	benchmarkWebMemory(b, "whole requests", func(conn net.Conn) { repeatRequest(conn, expired) })
+	all = append(all, webAttack{"whole requests", func(conn net.Conn) { repeatRequest(conn, expired) }})
 	valid := github.mint(time.Now(), map[string]any{"environment": strings.Repeat("x", 4<<10)})
 	body := `{"image":"` + strings.Repeat("x", 16_300)
 	trailers := strings.Repeat("abc:\n", 800) // net/http takes up to 4 KiB
@@ -114,28 +134,24 @@ func BenchmarkWebMemory(b *testing.B) {
 		"jobs without the last trailer":    "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + trailers,
 		"jobs with trailers":               "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + trailers + "\r\n",
 	} {
-		benchmarkWebMemory(b, name, func(conn net.Conn) {
+		all = append(all, webAttack{name, func(conn net.Conn) {
 			_, _ = io.WriteString(conn, post+"Content-Type: application/json\r\nAuthorization: Bearer "+valid+"\r\n"+rest)
 			hold(conn)
-		})
+		}})
 	}
+	return all
 }
 
-func benchmarkWebMemory(b *testing.B, name string, attack func(conn net.Conn)) {
-	b.Run(name, func(b *testing.B) {
-		web := startLimitedWeb(b, startValkey(b).addr)
-		idle := memoryKiB(b, web, "VmHWM")
-		for b.Loop() {
-			swarm(hostOf(web.url), maxConnections, time.Now().Add(6*time.Second), 10*time.Millisecond, func(conn net.Conn, _ int) { attack(conn) })
-		}
-		web.waitReady(b, 5*time.Second)
-		peak := memoryKiB(b, web, "VmHWM")
-		b.ReportMetric(float64(idle)/1024, "idle-MiB")
-		b.ReportMetric(float64(peak)/1024, "peak-MiB")
-		if limit := memoryOf(b, manifestContainer(b, "../k8s/30-web.yaml", "web"), "limits"); int64(peak)<<10 > limit {
-			b.Errorf("the peak is %d KiB, and k8s/ limits it to %d", peak, limit>>10)
-		}
-	})
+// webPeak is the memory of a web before and at the peak of an attack, in KiB.
+func webPeak(b *testing.B, attack func(conn net.Conn)) (idle, peak int) {
+	b.Helper()
+	web := startLimitedWeb(b, startValkey(b).addr)
+	idle = memoryKiB(b, web, "VmHWM")
+	swarm(hostOf(web.url), maxConnections, time.Now().Add(6*time.Second), 10*time.Millisecond, func(conn net.Conn, _ int) { attack(conn) })
+	web.waitReady(b, 5*time.Second)
+	peak = memoryKiB(b, web, "VmHWM")
+	web.kill()
+	return idle, peak
 }
 
 // repeatRequest sends requests for as long as web takes them.
