@@ -90,6 +90,7 @@ type call struct {
 	w      http.ResponseWriter
 	r      *http.Request
 	id     string // requestId
+	start  time.Time
 	claims claims // nil until the token is verified
 	check  string // that is being made, one of outcomes
 	line   []slog.Attr
@@ -122,20 +123,13 @@ func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // serve answers a request of a job and logs one line about it.
 func (s *web) serve(w http.ResponseWriter, r *http.Request, route route) {
-	start, c := time.Now(), &call{w: w, r: r, id: rand.Text()}
+	c := &call{w: w, r: r, id: rand.Text(), start: time.Now()}
 	w.Header().Set("X-Request-Id", c.id)
 
 	body, err := s.answer(c, route)
-	line := []slog.Attr{slog.String("request_id", c.id), slog.String("remote", r.RemoteAddr), slog.String("duration", time.Since(start).String())}
-	for _, name := range loggedClaims {
-		if value := c.claims.get(name); value != "" {
-			line = append(line, slog.String(name, sanitize(value)))
-		}
-	}
 	if err == nil {
 		route.count("ok").Inc()
-		line = append(line, slog.Int("status", route.status))
-		s.log.LogAttrs(r.Context(), route.level, route.message, append(line, c.line...)...)
+		s.logCall(c, route.level, route.message, route.status, c.line...)
 		writeJSON(w, route.status, body)
 		return
 	}
@@ -153,9 +147,19 @@ func (s *web) serve(w http.ResponseWriter, r *http.Request, route route) {
 		if d.status >= http.StatusInternalServerError {
 			level = slog.LevelError
 		}
-		s.log.LogAttrs(r.Context(), level, "denied", append(line, slog.Int("status", d.status), slog.String("reason", d.reason.Error()))...)
+		s.logCall(c, level, "denied", d.status, slog.String("reason", d.reason.Error()))
 	}
 	d.write(w, c.id)
+}
+
+func (s *web) logCall(c *call, level slog.Level, message string, status int, more ...slog.Attr) {
+	line := []slog.Attr{slog.String("request_id", c.id), slog.String("remote", c.r.RemoteAddr), slog.String("duration", time.Since(c.start).String())}
+	for _, name := range loggedClaims {
+		if value := c.claims.get(name); value != "" {
+			line = append(line, slog.String(name, sanitize(value)))
+		}
+	}
+	s.log.LogAttrs(c.r.Context(), level, message, append(append(line, slog.Int("status", status)), more...)...)
 }
 
 func (d *denial) write(w http.ResponseWriter, id string) {
