@@ -59,6 +59,12 @@ type accepted struct {
 	RequestID   string   `json:"requestId"`   // as in the log
 }
 
+// denied is the body of any other answer.
+type denied struct {
+	Error     string `json:"error"`
+	RequestID string `json:"requestId"`
+}
+
 // denial is an answer other than 202. The caller sees answer; reason is for the
 // log. Foreign text in either is sanitized.
 type denial struct {
@@ -173,7 +179,7 @@ func (d *denial) write(w http.ResponseWriter, id string) {
 	if d.answer == "" && d.status >= http.StatusInternalServerError {
 		text = http.StatusText(d.status)
 	}
-	writeJSON(w, d.status, map[string]string{"error": text, "requestId": id})
+	writeJSON(w, d.status, &denied{text, id})
 }
 
 // answer verifies the token and checks its claims before anything else is read, so
