@@ -154,6 +154,7 @@ type followed struct {
 	request
 	written, next report
 	done          bool
+	counted       bool // its end, by the metrics
 }
 
 // follow begins to follow a request, unless it follows a newer one. It does not block.
@@ -186,8 +187,14 @@ func (f *follower) write(ctx context.Context) error {
 		pages = append(pages, nil)
 	}
 	for _, images := range pages {
-		if err := f.worker.source.writeReports(ctx, f.worker.cfg.ClusterName, revision, images); err != nil {
+		stored, err := f.worker.source.writeReports(ctx, f.worker.cfg.ClusterName, revision, images)
+		if err != nil {
 			return err
+		}
+		for i := range stored {
+			if stored[i] == 1 {
+				images[i].stored(f.worker.requests.age(images[i].at))
+			}
 		}
 	}
 	return nil
@@ -239,15 +246,19 @@ func (w *worker) record(d *deployment, restart decision) {
 	}
 }
 
-// stored takes the next report for written, and counts rollouts that ended. One
-// that a worker finds at its start may have ended long before.
-func (f *followed) stored() {
-	first, ended := f.written.RequestedAt == "", f.next.State != progressing
-	if ended && (first && f.announced || !first && f.next.State != f.written.State) {
-		rollouts(rolloutStates[f.next.State]).Inc()
-		if f.next.State != unmatched {
-			rolloutSeconds.observe(time.Since(f.made))
+// stored takes the next report for written, and counts the first end of a rollout, but
+// for one that the worker finds when it starts: that may have been long before. A
+// rollout that nothing seems to run may begin when the watch shows more.
+func (f *followed) stored(age time.Duration) {
+	found := f.written.RequestedAt == "" && !f.announced
+	if state := f.next.State; state == complete || state == failed {
+		if !found && !f.counted {
+			rollouts(rolloutStates[state]).Inc()
+			rolloutSeconds.observe(age)
 		}
+		f.counted = true
+	} else if state == unmatched && f.announced && f.written.RequestedAt == "" {
+		rollouts(rolloutStates[unmatched]).Inc()
 	}
 	f.written = f.next
 }
@@ -278,8 +289,8 @@ return stored
 `, int(reportAge.Seconds())))
 
 // writeReports stores the next reports about images, which may be none, from a cache
-// that had reached a revision. What is not stored counts as not written.
-func (s *subscriber) writeReports(ctx context.Context, cluster string, revision uint64, images []*followed) error {
+// that had reached a revision. It returns 1 for each that is stored, and 0 for the others.
+func (s *subscriber) writeReports(ctx context.Context, cluster string, revision uint64, images []*followed) ([]int64, error) {
 	keys, args := []string{clustersKey(s.channel)}, []string{cluster}
 	for _, f := range images {
 		text, _ := json.Marshal(struct { // numbers and strings always can be
@@ -289,12 +300,7 @@ func (s *subscriber) writeReports(ctx context.Context, cluster string, revision 
 		keys, args = append(keys, reportKey(s.channel, f.image)), append(args, string(text))
 	}
 	stored, err := reportScript.Exec(ctx, s.reader, keys, args).AsIntSlice()
-	for i := range stored {
-		if stored[i] == 1 {
-			images[i].stored()
-		}
-	}
-	return valkeyError("writing reports", err)
+	return stored, valkeyError("writing reports", err)
 }
 
 // rollout is the body of GET /rollout.

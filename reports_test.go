@@ -232,7 +232,7 @@ func TestNewestReportStands(t *testing.T) {
 		stands      bool
 	}{{old, 100, true}, {at, 9, true}, {old, 101, false}, {at, 8, false}, {at, 9, true}, {at, 10, true}, {at, 9, false}} {
 		f := &followed{image: apiDev, next: report{State: complete, RequestedAt: try.requestedAt, Matched: i + 1}}
-		if err := w.source.writeReports(t.Context(), "test", try.revision, []*followed{f}); err != nil {
+		if _, err := w.source.writeReports(t.Context(), "test", try.revision, []*followed{f}); err != nil {
 			t.Fatal(err)
 		}
 		var stored report
@@ -252,18 +252,17 @@ func TestNewestReportStands(t *testing.T) {
 // again: that worker may be gone.
 func TestRefusedReportIsTriedAgain(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t, "a/api")
-	w := startWorker(t, kube)
+	w := startWorker(t, newKubernetes(t, "a/api"))
 	at := w.request(apiDev)
 	w.awaitRollout(apiDev, report{State: progressing, Matched: 1, Restarted: 1})
 	other := &followed{image: apiDev, next: report{State: progressing, RequestedAt: at, Matched: 1, Restarted: 1}}
-	if err := w.source.writeReports(t.Context(), "test", w.cache.reached()+3, []*followed{other}); err != nil {
+	if _, err := w.source.writeReports(t.Context(), "test", w.cache.reached()+3, []*followed{other}); err != nil {
 		t.Fatal(err)
 	}
-	kube.ChangeStatus("a/api", available)
+	w.kube.ChangeStatus("a/api", available)
 	time.Sleep(2 * reportInterval)
 	for range 3 {
-		kube.Create("a/other", fake.Spec{Image: webDev})
+		w.kube.Create("a/other", fake.Spec{Image: webDev})
 	}
 	w.awaitRollout(apiDev, report{State: complete, Matched: 1, Restarted: 1, Complete: 1})
 }
@@ -288,8 +287,7 @@ func TestBadReports(t *testing.T) {
 		t.Errorf("51 requests were published %d times", n)
 	}
 
-	kube := newKubernetes(t)
-	worker := startWorkerOn(t, kube, w.valkey)
+	worker := startWorkerOn(t, newKubernetes(t), w.valkey)
 	for _, bad := range []string{"x", "{}", `{"requestedAt":1,"revision":"x"}`} {
 		w.valkey.HSet("krt:report:"+apiDev, "test", bad)
 		worker.publish(apiDev, webDev)
@@ -336,7 +334,7 @@ func TestRolloutOfClusters(t *testing.T) {
 	source := newTestWorker(t, newKubernetes(t), w.valkey).source
 	write := func(cluster string, r report) {
 		r.RequestedAt = at
-		if err := source.writeReports(t.Context(), cluster, 1, []*followed{{image: apiDev, next: r}}); err != nil {
+		if _, err := source.writeReports(t.Context(), cluster, 1, []*followed{{image: apiDev, next: r}}); err != nil {
 			t.Fatal(err)
 		}
 	}

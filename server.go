@@ -36,6 +36,9 @@ const (
 	// that callers get a 503 at once while Valkey is silent.
 	maxConnections = 1024
 
+	// maxScrapes bounds the memory of GET /metrics.
+	maxScrapes = 8
+
 	maxHeaderBytes = 10 << 10 // a token has up to 8 KiB
 	maxHeaderLines = 100      // net/http allocates far more than the bytes of tiny lines
 
@@ -156,7 +159,15 @@ func (s *service) probes() http.Handler {
 		}
 	})
 	metrics.ExposeMetadata(true)
+	scraping := make(chan struct{}, maxScrapes)
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		select {
+		case scraping <- struct{}{}:
+			defer func() { <-scraping }()
+		default:
+			http.Error(w, "too many scrapes at once", http.StatusServiceUnavailable)
+			return
+		}
 		s.measure()
 		s.metrics.WritePrometheus(w)
 		metrics.WriteGaugeUint64(w, fmt.Sprintf("%sbuild_info{version=%q,goversion=%q}", metricPrefix, versionString(), runtime.Version()), 1)

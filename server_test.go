@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -407,6 +408,33 @@ func TestIdleClientsAndProbes(t *testing.T) {
 		}
 		idle.Wait()
 	})
+}
+
+// Further scrapes are refused while as many as may be are answered.
+func TestTooManyScrapes(t *testing.T) {
+	release, answers := make(chan struct{}), make(chan int, maxScrapes+1)
+	defer close(release)
+	h := (&service{metrics: webMetrics, measure: func() { <-release }}).probes()
+	for range maxScrapes + 1 {
+		go func() {
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+			answers <- w.Code
+		}()
+	}
+	if first := <-answers; first != http.StatusServiceUnavailable {
+		t.Errorf("the first answer is %d", first)
+	}
+}
+
+// A client that reads /metrics slowly does not hold up what is measured.
+func TestSlowScrape(t *testing.T) {
+	h := &histogram{}
+	r, w := io.Pipe()
+	defer time.AfterFunc(5*time.Second, func() { t.Error("observe waits for the client"); r.Close() }).Stop()
+	go h.write(w, "h")
+	r.Read(make([]byte, 1))
+	h.observe(0)
 }
 
 // A client that is slow on purpose is cut off, with a valid token as well.

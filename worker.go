@@ -217,10 +217,12 @@ func (w *worker) catchUpLoop(ctx context.Context) {
 func (w *worker) catchUp(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, catchUpTimeout)
 	defer cancel()
+	asked := w.now()
 	valkeyNow, err := w.source.time(ctx)
 	if err != nil {
 		return err
 	}
+	valkeyNow = valkeyNow.Add(w.now().Sub(asked) / 2) // as if both ways took as long
 	w.follower.caughtUp.Store(true)
 	// Late enough that expiry is logged, and reported.
 	clock := w.requests.setClock(valkeyNow, max(w.rules.window, reportAge)+2*maxRetryAfter)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"maps"
 	"math"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -725,4 +726,64 @@ func (l lateWorker) check(t testing.TB) {
 			t.Errorf("the late worker's %s is %v, want %v", series, got, want)
 		}
 	}
+}
+
+// TestRestartSeconds: the time that a message takes to the worker counts, although the
+// worker reads Valkey's clock over the same network.
+func TestRestartSeconds(t *testing.T) {
+	t.Parallel()
+	const away = 200 * time.Millisecond
+	valkey, app := startValkey(t), deployment{namespace: newNamespace(t), name: "api", images: []string{newImage()}}
+	createAll(t, []deployment{app})
+	kubeconfig := newWorkerUser(t, app.namespace).kubeconfig(t, sharedAPI.url)
+	worker := startWorker(t, farAway(t, valkey.addr, away), kubeconfig, "WORKER_NAMESPACES="+app.namespace)
+	newClient(startWeb(t, valkey.addr).url).mustPush(t, app.images[0])
+	eventually(t, 10*time.Second, "it is restarted", func() error {
+		if got := worker.scrape(t).value(t, "restarts_total"); got != 1 {
+			return fmt.Errorf("restarts_total is %v", got)
+		}
+		return nil
+	})
+	if took := worker.scrape(t).value(t, "restart_seconds_sum"); took < 0.75*away.Seconds() {
+		t.Errorf("restart_seconds_sum is %v with a network that takes %s", took, away)
+	}
+}
+
+// farAway is an address from which everything takes so long, both ways.
+func farAway(t testing.TB, target string, away time.Duration) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	pass := func(to, from net.Conn) {
+		defer to.Close()
+		for buffer := make([]byte, 64<<10); ; {
+			n, err := from.Read(buffer)
+			if err != nil {
+				return
+			}
+			time.Sleep(away)
+			if _, err := to.Write(buffer[:n]); err != nil {
+				return
+			}
+		}
+	}
+	go func() {
+		for {
+			near, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", target)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			go pass(far, near)
+			go pass(near, far)
+		}
+	}()
+	return ln.Addr().String()
 }
