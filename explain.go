@@ -108,7 +108,7 @@ func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) er
 		line(name, text)
 	}
 	p := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
-	claimsDenial := checkClaims(cfg, c)
+	claimsDenial := checkWithoutKeys(cfg, c)
 	line("token", "not verified, anybody could have written these claims")
 	if claimsDenial != nil {
 		verdict("claims", claimsDenial)
@@ -131,9 +131,9 @@ func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) er
 	return nil
 }
 
-// checkClaims makes web's checks that take no keys if the issuer is among the
+// checkWithoutKeys makes web's checks that take no keys if the issuer is among the
 // claims. They are made as of iat, because by now a token has usually expired.
-func checkClaims(cfg *policyConfig, c claims) error {
+func checkWithoutKeys(cfg *policyConfig, c claims) error {
 	if c["iss"] == nil {
 		return nil
 	}

@@ -173,8 +173,8 @@ func checkHeader(segment string) (*header, error) {
 	return &header{segment: strings.Clone(segment), kid: kid}, nil
 }
 
-// open returns the claims of a token if key signed it. It takes the two segments after
-// the header, which go-jose decodes four times: three of them only for the first token.
+// open verifies the signature of the two segments after the header, and returns the
+// claims. The parsed header is kept, because go-jose decodes it four times for each token.
 func (h *header) open(segments string, key *rsa.PublicKey) (claims, error) {
 	first, second, _ := strings.Cut(segments, ".")
 	payload, payloadErr := base64.RawURLEncoding.DecodeString(first)
@@ -190,7 +190,11 @@ func (h *header) open(segments string, key *rsa.PublicKey) (claims, error) {
 	if signed.DetachedVerify(payload, key) != nil {
 		return nil, fmt.Errorf("signature: not made with key %s", sanitize(h.kid))
 	}
-	return decodeClaims(payload)
+	c, err := decodeClaims(payload)
+	if err != nil {
+		return nil, fmt.Errorf("payload: %w", err)
+	}
+	return c, nil
 }
 
 // decodeClaims decodes a payload: one JSON object in UTF-8 (RFC 7519, section 7.2)
@@ -200,7 +204,7 @@ func decodeClaims(data []byte) (claims, error) {
 	err := unmarshalStrict(data, &value)
 	members, ok := value.(map[string]any)
 	if err != nil || !ok {
-		return nil, errors.New("payload: not a JSON object") // err may quote the token
+		return nil, errors.New("not a JSON object") // err may quote the token
 	}
 	return members, nil
 }
