@@ -304,7 +304,7 @@ func (p *devPair) introduce(stdout io.Writer) {
 	}
 	fmt.Fprint(stdout, "This is the real web and the real worker, with every check on.\nA local issuer of tokens plays GitHub; everything listens on loopback only.\n\n")
 	tw := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(tw, "  issuer\t%s\n  valkey\t%s, %s\n  kubernetes\t%s\n  web\t%s\n  probes\t%s (web), %s (worker)\n\n",
+	fmt.Fprintf(tw, "  issuer\t%s\n  valkey\t%s, %s\n  kubernetes\t%s\n  web\t%s\n  probes, metrics\t%s (web), %s (worker)\n\n",
 		p.issuer.URL, p.valkey, valkey, kubernetes, p.webURL, p.webOps, p.workerOps)
 	tw.Flush()
 }

@@ -9,14 +9,14 @@
 // web serves POST /event, GET /rollout and GET /healthz on WEB_LISTEN_ADDR (:8080).
 // A job posts its OIDC token and {"image":"ghcr.io/acme/api:dev"}; 202 when the
 // request is in the ledger in Valkey and published. GET /rollout tells what became
-// of it. web and worker serve probes on OPS_LISTEN_ADDR
-// (:8081), which must stay internal: GET /healthz says that the process is alive,
-// GET /readyz that it can work, or with a 503 why not, GET /metrics for Prometheus.
+// of it. web and worker serve OPS_LISTEN_ADDR (:8081), which must stay internal: GET
+// /healthz says that the process is alive, GET /readyz that it can work, or with a 503
+// why not, and GET /metrics is for Prometheus.
 //
 // Configuration comes from the environment; a flag of the same name overrides a
 // variable. Logs are JSON lines on standard error. The exit status is 0 after
 // SIGTERM or SIGINT, 2 after a mistake in the configuration, and 1 after any
-// other failure. explain exits with 0 if web would accept the request, else 1.
+// other failure. explain exits with 1 if web would deny the request.
 package main
 
 import (
@@ -303,7 +303,7 @@ func (t surfaceRetryAfter) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // singlePassSerializer is the dynamic client's serializer with a decoder that parses
 // an object once. The usual one looks for the kind first, at each level, and decodes
-// lists twice, which was a third of the worker's CPU time.
+// lists twice: a third of the worker's CPU time in a fan-out to 1,000 Deployments.
 type singlePassSerializer struct{ runtime.NegotiatedSerializer }
 
 func (s singlePassSerializer) SupportedMediaTypes() []runtime.SerializerInfo {
@@ -318,7 +318,7 @@ func (s singlePassSerializer) SupportedMediaTypes() []runtime.SerializerInfo {
 
 type singlePassDecoder struct{ runtime.Serializer }
 
-// Decode leaves errors, and what is no object or list with a kind, to the usual decoder.
+// Decode leaves errors, and whatever has no kind, to the usual decoder.
 func (d singlePassDecoder) Decode(data []byte, defaults *schema.GroupVersionKind, into runtime.Object) (runtime.Object, *schema.GroupVersionKind, error) {
 	if event, ok := into.(*metav1.WatchEvent); ok && kjson.UnmarshalCaseSensitivePreserveInts(data, event) == nil {
 		return event, nil, nil
@@ -339,7 +339,7 @@ func (d singlePassDecoder) Decode(data []byte, defaults *schema.GroupVersionKind
 			into.Items = append(into.Items, unstructured.Unstructured{Object: item})
 		}
 		into.Object = object.Object
-	default: // of a watch
+	default: // an object of a watch
 		return object, nil, nil
 	}
 	return into, nil, nil

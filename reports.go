@@ -154,7 +154,7 @@ type followed struct {
 	request
 	written, next report
 	done          bool
-	counted       bool // its end, by the metrics
+	counted       bool // the metrics have its end
 }
 
 // follow begins to follow a request, unless it follows a newer one. It does not block.
@@ -224,31 +224,8 @@ func (f *follower) changed() (images []*followed) {
 	return images
 }
 
-// record writes an Event about a restart, which keeps no other waiting. Its name
-// comes from T, so that any number of workers write one.
-func (w *worker) record(d *deployment, restart decision) {
-	ctx, cancel := context.WithTimeout(context.Background(), patchTimeout)
-	defer cancel()
-	now := w.now().UTC().Format(time.RFC3339)
-	event := &unstructured.Unstructured{Object: map[string]any{
-		"apiVersion": "v1", "kind": "Event",
-		"metadata":       map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
-		"involvedObject": map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
-		"type":           "Normal", "reason": "Restarted",
-		"message":        fmt.Sprintf("Restarted because %s was requested at %s", restart.image.ref, formatTime(restart.request.at)),
-		"source":         map[string]any{"component": fieldManager},
-		"firstTimestamp": now, "lastTimestamp": now, "count": int64(1),
-	}}
-	events := w.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "events"}) // where kubectl describe looks
-	_, err := events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
-	if err != nil && !apierrors.IsAlreadyExists(err) && !w.eventless.Swap(true) {
-		w.log.Warn("an Event could not be written, and later ones may be missing too; allow create on events, or unset WORKER_EVENTS", "err", err)
-	}
-}
-
-// stored takes the next report for written, and counts the first end of a rollout, but
-// for one that the worker finds when it starts: that may have been long before. A
-// rollout that nothing seems to run may begin when the watch shows more.
+// stored notes that the next report is written, and counts the first end of its rollout.
+// An end that the worker finds when it starts is not counted: it may be old.
 func (f *followed) stored(age time.Duration) {
 	found := f.written.RequestedAt == "" && !f.announced
 	if state := f.next.State; state == complete || state == failed {
@@ -394,5 +371,27 @@ func (i *imageRollout) decode(live []string, since string) {
 			i.Clusters[cluster] = report{State: pending}
 		}
 		i.State = max(i.State, i.Clusters[cluster].State)
+	}
+}
+
+// record writes an Event about a restart. It runs in a goroutine of its own. The name
+// comes from T, so that any number of workers write one Event.
+func (w *worker) record(d *deployment, restart decision) {
+	ctx, cancel := context.WithTimeout(context.Background(), patchTimeout)
+	defer cancel()
+	now := w.now().UTC().Format(time.RFC3339)
+	event := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "v1", "kind": "Event",
+		"metadata":       map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
+		"involvedObject": map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
+		"type":           "Normal", "reason": "Restarted",
+		"message":        fmt.Sprintf("Restarted because %s was requested at %s", restart.image.ref, formatTime(restart.request.at)),
+		"source":         map[string]any{"component": fieldManager},
+		"firstTimestamp": now, "lastTimestamp": now, "count": int64(1),
+	}}
+	events := w.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "events"}) // where kubectl describe looks
+	_, err := events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
+	if err != nil && !apierrors.IsAlreadyExists(err) && !w.eventless.Swap(true) {
+		w.log.Warn("an Event could not be written, and later ones may be missing too; allow create on events, or unset WORKER_EVENTS", "err", err)
 	}
 }

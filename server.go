@@ -89,7 +89,7 @@ type service struct {
 // run serves until ctx is done or a part fails. It then fails readiness, drains
 // the API, stops the task, and closes the probes last.
 func (s *service) run(ctx context.Context) error {
-	ops, api := newServer(s.probes(), opsHeaderTimeout, s.log), newServer(s.api, headerTimeout, s.log)
+	ops, api := newServer(s.ops(), opsHeaderTimeout, s.log), newServer(s.api, headerTimeout, s.log)
 	failed := make(chan error, 3) // one from each part
 	if err := s.start("ops", s.opsAddr, ops, failed); err != nil {
 		return err
@@ -142,8 +142,8 @@ func drain(name string, server *http.Server) error {
 	return nil
 }
 
-// probes answers on the ops port.
-func (s *service) probes() http.Handler {
+// ops answers probes and scrapes.
+func (s *service) ops() http.Handler {
 	ok := func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") }
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", ok)
@@ -259,8 +259,7 @@ var (
 	queueLength         = workerMetrics.NewGauge(metricPrefix+"queue_length", nil)
 )
 
-// counters are those of one metric that differ in the value of a label, which must
-// never come from outside.
+// counters is one metric with one label. Its values are constants, never a caller's text.
 type counters func(value string) *metrics.Counter
 
 func newCounters(set *metrics.Set, name string, values ...string) counters {
@@ -273,8 +272,8 @@ func newCounters(set *metrics.Set, name string, values ...string) counters {
 	return c
 }
 
-// histogram counts durations in buckets as Prometheus does; those of the library
-// have bounds that PromQL cannot use.
+// histogram counts durations in Prometheus' le buckets. PromQL cannot compute quantiles
+// from the library's own.
 type histogram struct {
 	mu     sync.Mutex
 	counts [len(bucketBounds) + 1]uint64 // the last is of what exceeds all bounds

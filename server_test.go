@@ -414,7 +414,7 @@ func TestIdleClientsAndProbes(t *testing.T) {
 func TestTooManyScrapes(t *testing.T) {
 	release, answers := make(chan struct{}), make(chan int, maxScrapes+1)
 	defer close(release)
-	h := (&service{metrics: webMetrics, measure: func() { <-release }}).probes()
+	h := (&service{metrics: webMetrics, measure: func() { <-release }}).ops()
 	for range maxScrapes + 1 {
 		go func() {
 			w := httptest.NewRecorder()

@@ -59,8 +59,8 @@ type accepted struct {
 	RequestID   string   `json:"requestId"`   // as in the log
 }
 
-// denied is the body of any other answer.
-type denied struct {
+// errorBody is the body of a denial.
+type errorBody struct {
 	Error     string `json:"error"`
 	RequestID string `json:"requestId"`
 }
@@ -98,7 +98,7 @@ type call struct {
 	id     string // requestId
 	start  time.Time
 	claims claims // nil until the token is verified
-	check  string // that is being made, one of outcomes
+	check  string // that runs now: the outcome if it fails
 	line   []slog.Attr
 }
 
@@ -179,7 +179,7 @@ func (d *denial) write(w http.ResponseWriter, id string) {
 	if d.answer == "" && d.status >= http.StatusInternalServerError {
 		text = http.StatusText(d.status)
 	}
-	writeJSON(w, d.status, &denied{text, id})
+	writeJSON(w, d.status, &errorBody{text, id})
 }
 
 // answer verifies the token and checks its claims before anything else is read, so
