@@ -152,7 +152,7 @@ func TestTrustPolicy(t *testing.T) {
 		// A job meets all the claims of a rule.
 		{"- claims: {ref: refs/heads/main, environment: [a, b]}\n  images: ['*']", claims{"environment": "b"}, []string{apiDev}, ""},
 		{"- claims: {ref: refs/heads/main, environment: [a, b]}\n  images: ['*']", claims{"environment": "c"}, []string{apiDev}, "environment is c"},
-		{oneRule("environment", "*", "*"), nil, []string{apiDev}, "environment is absent"},
+		{oneRule("environment", "*", "*"), nil, []string{apiDev}, "environment is absent"}, {oneRule("run_id", "7", "*"), claims{"run_id": int64(7)}, []string{apiDev}, "run_id is absent or not a string"},
 		{oneRule("base_ref", "", "*"), claims{"base_ref": "-"}, []string{apiDev}, "base_ref is absent"},
 		// Other ways to write it.
 		{"- {claims: {ref: refs/heads/main}, images: '*'}", nil, []string{apiDev}, ""},
