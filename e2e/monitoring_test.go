@@ -343,6 +343,18 @@ func (d *day) rolledOut(t testing.TB, app deployment, failed bool) {
 		"availableReplicas":2,"conditions":[%s]}}`, app.get(t).GetGeneration(), conditions), "status")
 }
 
+// rollOut requests the image of a Deployment, and waits until its rollout has ended.
+func (d *day) rollOut(t testing.TB, app deployment, state string) {
+	t.Helper()
+	d.push(t, app.images[0])
+	d.count(1, "restarts_total", "restart_seconds_count")
+	d.has(t, "restarts_total")
+	d.rolledOut(t, app, state == "failed")
+	ended := fmt.Sprintf("rollouts_total{state=%q}", state)
+	d.count(1, ended, "rollout_seconds_count")
+	d.has(t, ended)
+}
+
 func startDay(t testing.TB) *day {
 	t.Helper()
 	own, err := newIssuer()
@@ -486,12 +498,7 @@ func (d *day) deployments(t testing.TB) map[string]deployment {
 func (d *day) restarts(t testing.TB) float64 {
 	t.Helper()
 	apps := d.deployments(t)
-	d.push(t, apps["plain"].images[0])
-	d.count(1, "restarts_total", "restart_seconds_count")
-	d.has(t, "restarts_total")
-	d.rolledOut(t, apps["plain"], false)
-	d.count(1, `rollouts_total{state="complete"}`, "rollout_seconds_count")
-	d.has(t, `rollouts_total{state="complete"}`)
+	d.rollOut(t, apps["plain"], "complete")
 	for range 2 { // a pod that comes back is no other rollout
 		time.Sleep(time.Second)
 		d.admin.patch(t, apps["plain"], `{"status":{"availableReplicas":1}}`, "status")
@@ -502,13 +509,7 @@ func (d *day) restarts(t testing.TB) float64 {
 	d.count(1, `deferrals_total{reason="restarted less than WORKER_RESTART_INTERVAL ago"}`, "restarts_total", "restart_seconds_count")
 	d.has(t, "restarts_total")
 
-	d.push(t, apps["failed"].images[0])
-	d.count(1, "restarts_total", "restart_seconds_count")
-	d.has(t, "restarts_total")
-	d.rolledOut(t, apps["failed"], true)
-	d.count(1, `rollouts_total{state="failed"}`, "rollout_seconds_count")
-	d.has(t, `rollouts_total{state="failed"}`)
-
+	d.rollOut(t, apps["failed"], "failed")
 	d.push(t, apps["paused"].images[0])
 	d.count(1, `deferrals_total{reason="paused"}`)
 	pinned, _, _ := strings.Cut(apps["pinned"].images[0], "@")
