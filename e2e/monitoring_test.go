@@ -642,6 +642,10 @@ func (d *day) wait(t testing.TB) {
 	d.has(t, `rollouts_total{state="unmatched"}`)
 	path := "/rollout?image=" + image
 	first := d.send(t, path, "ok", http.StatusOK, d.job(nil), "")
+	for !strings.HasPrefix(first.body, `{"state":"unmatched"`) { // the late worker's report is not there yet
+		time.Sleep(100 * time.Millisecond)
+		first = d.send(t, path, "ok", http.StatusOK, d.job(nil), "")
+	}
 	version := regexp.MustCompile(`"version":"([^"]+)"`).FindStringSubmatch(first.body)
 	if version == nil {
 		t.Fatalf("no version in %s", first.body)
