@@ -61,14 +61,14 @@ func BenchmarkPolicy(b *testing.B) {
 }
 
 func BenchmarkLookUp(b *testing.B) {
-	c := newDeploymentCache(workerConfig{}, dynamic.NewForConfigOrDie(&rest.Config{}), nil, time.Now, func(string) {})
+	c := newWorkloadCache(workerConfig{Kinds: kinds[:1]}, dynamic.NewForConfigOrDie(&rest.Config{}), nil, time.Now, func(string) {})
 	for i := range 11200 {
-		c.put(&deployment{name: fmt.Sprint(i), images: []usedImage{{ref: fmt.Sprintf("ghcr.io/acme/api:%d", i/4)}}}, fromList)
+		c.put(&workload{kind: kinds[0], name: fmt.Sprint(i), images: []usedImage{{ref: fmt.Sprintf("ghcr.io/acme/api:%d", i/4)}}}, fromList)
 	}
 	bench(b, "11,200 Deployments", func() bool { return len(c.running("ghcr.io/acme/api:2000")) == 4 })
 }
 
-func BenchmarkNewDeployment(b *testing.B) {
+func BenchmarkNewWorkload(b *testing.B) {
 	kube := fake.NewKubernetesAPI(b.Errorf)
 	b.Cleanup(kube.Close)
 	kube.Create("a/api", fake.Spec{Image: apiDev, Init: webDev})
@@ -77,5 +77,5 @@ func BenchmarkNewDeployment(b *testing.B) {
 	for env := []any{}; len(jsonBytes(u.Object)) < 6<<10; container["env"] = env {
 		env = append(env, map[string]any{"name": fmt.Sprint("VARIABLE_", len(env)), "value": strings.Repeat("v", 40)})
 	}
-	bench(b, "6 kB", func() bool { return len(newDeployment(u).images) == 2 })
+	bench(b, "6 kB", func() bool { return len(newWorkload(kinds[0], u).images) == 2 })
 }

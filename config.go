@@ -55,16 +55,19 @@ type policyConfig struct {
 
 type workerConfig struct {
 	commonConfig
-	ImagePrefixes   imagePrefixes // the only images that may be restarted
-	InCluster       bool          // the caller sets it: KUBECONFIG may be missing
-	Kubeconfig      string        // path; empty: the pod's ServiceAccount
-	Namespaces      []string      // empty: all
-	Selector        string        // label selector; empty: all
-	CatchUp         time.Duration // age of the oldest request that counts; 0: PubSub only
-	RestartInterval time.Duration // at least this long between two restarts of a Deployment; 0: off
-	Concurrency     int           // patches in flight
-	Events          bool          // write an Event about each restart
-	ClusterName     string        // tells clusters apart in logs and reports
+	ImagePrefixes     imagePrefixes // the only images that may be restarted
+	InCluster         bool          // the caller sets it: KUBECONFIG may be missing
+	Kubeconfig        string        // path; empty: the pod's ServiceAccount
+	Kinds             []*kind
+	Namespaces        []string      // empty: all
+	Selector          string        // label selector; empty: all
+	CatchUp           time.Duration // age of the oldest request that counts; 0: PubSub only
+	RestartInterval   time.Duration // at least this long between two restarts of a workload; 0: off
+	RestartsPerMinute int           // at most, of all workloads; 0: any
+	Concurrency       int           // patches in flight
+	DryRun            bool          // patches change nothing
+	Events            bool          // write an Event about each restart
+	ClusterName       string        // tells clusters apart in logs and reports
 }
 
 // option is one setting: an environment variable and the flag of the same name.
@@ -130,14 +133,19 @@ func (c *workerConfig) options() []option {
 	return append(c.commonConfig.options(), []option{
 		prefixOption(&c.ImagePrefixes),
 		{env: "KUBECONFIG", required: !c.InCluster, unset: "in-cluster", usage: "path of a kubeconfig", set: text(&c.Kubeconfig)},
+		{env: "WORKER_KINDS", def: kinds[0].String(), usage: "comma-separated kinds of workloads to watch", set: into(&c.Kinds, parseKinds)},
 		{env: "WORKER_NAMESPACES", unset: "all", usage: "comma-separated namespaces to watch", set: into(&c.Namespaces, listOf(namespaceRE))},
-		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the Deployments to watch", set: text(&c.Selector, isSelector)},
+		{env: "WORKER_SELECTOR", unset: "all", usage: "label selector of the workloads to watch", set: text(&c.Selector, isSelector)},
 		{env: "WORKER_CATCH_UP", def: "1h", usage: "maximum age of a missed request; 0 for PubSub only, at most 24h",
 			expected: "0 or a duration from 1m to 24h, such as 1h", set: into(&c.CatchUp, time.ParseDuration, isCatchUp)},
-		{env: "WORKER_RESTART_INTERVAL", def: "10s", usage: "shortest time between two restarts of a Deployment; 0 for none",
+		{env: "WORKER_RESTART_INTERVAL", def: "10s", usage: "shortest time between two restarts of a workload; 0 for none",
 			set: into(&c.RestartInterval, c.parseRestartInterval)},
+		{env: "WORKER_RESTARTS_PER_MINUTE", def: "0", usage: "restarts per minute at most; 0 for no limit",
+			expected: "a number from 0 to 6000", set: into(&c.RestartsPerMinute, strconv.Atoi, isRestartsPerMinute)},
 		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256",
 			expected: "a number from 1 to 256", set: into(&c.Concurrency, strconv.Atoi, isConcurrency)},
+		{env: "WORKER_DRY_RUN", def: "false", boolean: true, usage: "send patches that change nothing, and log what would restart",
+			expected: "true or false", set: into(&c.DryRun, strconv.ParseBool)},
 		{env: "WORKER_EVENTS", def: "false", boolean: true, usage: "write an Event about each restart, for kubectl describe",
 			expected: "true or false", set: into(&c.Events, strconv.ParseBool)},
 		{env: "CLUSTER_NAME", def: "default", usage: "name of the cluster in logs and reports, another in each cluster",
@@ -280,6 +288,19 @@ func listOf(item *regexp.Regexp) func(string) ([]string, error) {
 	}
 }
 
+func parseKinds(s string) (list []*kind, err error) {
+	for name := range strings.SplitSeq(s, ",") {
+		i := slices.IndexFunc(kinds, func(k *kind) bool { return k.String() == strings.TrimSpace(name) })
+		if i < 0 {
+			return nil, fmt.Errorf("expected one or several of %v, separated by commas", kinds)
+		}
+		if !slices.Contains(list, kinds[i]) {
+			list = append(list, kinds[i])
+		}
+	}
+	return list, nil
+}
+
 // parseRestartInterval bounds it by the catch-up window, so that a deferred
 // request is restarted long before it expires.
 func (c *workerConfig) parseRestartInterval(s string) (time.Duration, error) {
@@ -318,6 +339,7 @@ func isIssuer(s string) bool {
 }
 
 func isConcurrency(n int) bool       { return 1 <= n && n <= 256 }
+func isRestartsPerMinute(n int) bool { return 0 <= n && n <= 6000 }
 func isCatchUp(d time.Duration) bool { return d == 0 || time.Minute <= d && d <= 24*time.Hour }
 
 func isSelector(s string) bool {

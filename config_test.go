@@ -69,7 +69,7 @@ func TestDefaults(t *testing.T) {
 	for mode, want := range map[string]configuration{
 		"web":     &webConfig{commonConfig: common, policyConfig: policy, ListenAddr: ":8080"},
 		"explain": &policy,
-		"worker": &workerConfig{commonConfig: common, ImagePrefixes: prefixes, Kubeconfig: "/kubeconfig",
+		"worker": &workerConfig{commonConfig: common, ImagePrefixes: prefixes, Kubeconfig: "/kubeconfig", Kinds: kinds[:1],
 			CatchUp: time.Hour, RestartInterval: 10 * time.Second, Concurrency: 16, ClusterName: "default"},
 	} {
 		vars := maps.Clone(webEnv)
@@ -84,13 +84,15 @@ func TestDefaults(t *testing.T) {
 func TestFlagsOverrideTheEnvironment(t *testing.T) {
 	vars := maps.Clone(workerEnv)
 	maps.Copy(vars, map[string]string{"LOG_LEVEL": "error", "WORKER_SELECTOR": "a=b", "CLUSTER_NAME": "east"})
-	args := []string{"--log-level=debug", "-worker-namespaces", "a, b,a", "--valkey-tls-enabled", "--worker-catch-up=0", "--cluster-name="}
+	args := []string{"--log-level=debug", "-worker-namespaces", "a, b,a", "--valkey-tls-enabled", "--worker-catch-up=0", "--cluster-name=",
+		"--worker-kinds=daemonsets.apps, deployments.apps,daemonsets.apps", "--worker-dry-run", "--worker-restarts-per-minute=10"}
 	got, err := readConfig("worker", args, vars)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := got.(*workerConfig)
-	if c.LogLevel != slog.LevelDebug || !reflect.DeepEqual(c.Namespaces, []string{"a", "b"}) || !c.Valkey.TLS || c.CatchUp != 0 || c.Selector != "a=b" || c.ClusterName != "default" {
+	if c.LogLevel != slog.LevelDebug || !reflect.DeepEqual(c.Namespaces, []string{"a", "b"}) || !c.Valkey.TLS || c.CatchUp != 0 || c.Selector != "a=b" || c.ClusterName != "default" ||
+		!reflect.DeepEqual(c.Kinds, []*kind{kinds[2], kinds[0]}) || !c.DryRun || c.RestartsPerMinute != 10 {
 		t.Errorf("%+v", c)
 	}
 }
@@ -153,6 +155,8 @@ func TestBadValues(t *testing.T) {
 		{"worker", "WORKER_RESTART_INTERVAL", "0 or a duration", []string{"10", "999ms", "-10s"}},
 		{"worker", "WORKER_RESTART_INTERVAL", "at most 30m0s, half of WORKER_CATCH_UP", []string{"31m"}},
 		{"worker", "WORKER_CONCURRENCY", "from 1 to 256", []string{"0", "257", "many"}},
+		{"worker", "WORKER_RESTARTS_PER_MINUTE", "from 0 to 6000", []string{"-1", "6001", "1.5"}},
+		{"worker", "WORKER_KINDS", "one or several of [deployments.apps ", []string{"pods", "deployments", "Deployment", "deployments.apps,", "cronjobs.batch"}},
 		{"worker", "CLUSTER_NAME", "letters", []string{"a b"}},
 	} {
 		for _, bad := range tt.bad {

@@ -167,11 +167,15 @@ func TestManifestsNetwork(t *testing.T) {
 func TestManifestsRestartOnly(t *testing.T) {
 	account := manifests(t)["ServiceAccount worker"].Metadata
 	text := readDoc(t, "k8s/45-worker-restart-only.yaml")
-	for _, part := range []string{
+	parts := []string{
 		"kind: ValidatingAdmissionPolicyBinding\n", "failurePolicy: Fail\n", "validationActions: [Deny]\n", "'" + restartedAtAnnotation + "'",
-		"['" + fieldManager + "', 'Update', 'apps/v1', '']\n",
+		"['" + fieldManager + "', 'Update', request.resource.group",
 		"request.userInfo.username == 'system:serviceaccount:" + account.Namespace + ":" + account.Name + "'\n",
-	} {
+	}
+	for _, k := range kinds {
+		parts = append(parts, "apiGroups: ["+k.resource.Group+"]\n", k.resource.Resource+", "+k.resource.Resource+"/*")
+	}
+	for _, part := range parts {
 		if !strings.Contains(text, part) {
 			t.Errorf("the admission policy has no %q", part)
 		}

@@ -143,7 +143,7 @@ func newTestWorker(t *testing.T, kube *fake.KubernetesAPI, m *miniredis.Miniredi
 	if err != nil {
 		t.Fatal(err)
 	}
-	wc := workerConfig{CatchUp: time.Hour, Concurrency: 4, ClusterName: "test",
+	wc := workerConfig{Kinds: kinds[:1], CatchUp: time.Hour, Concurrency: 4, ClusterName: "test",
 		ImagePrefixes: imagePrefixes{"ghcr.io/acme", "docker.io/library"}}
 	for _, f := range adjust {
 		f(&wc)
@@ -226,6 +226,9 @@ func (w *testWorker) caughtUpAgain() {
 	w.requestCatchUp()
 	eventually(w.t, "the worker has caught up", func() bool { return w.logs.count(`"msg":"caught up"`) > before })
 }
+
+// entry is what the cache has of a Deployment.
+func (w *testWorker) entry(key string) *workload { return w.cache.get("Deployment/" + key) }
 
 func (w *testWorker) patches(key string) int { return len(w.kube.Patches(key)) }
 

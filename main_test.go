@@ -206,7 +206,7 @@ func TestSinglePass(t *testing.T) {
 // allAnswers is what a client makes of the answers to a list, a patch and a watch.
 func allAnswers(t *testing.T, client dynamic.Interface) (text string) {
 	show := func(answer any, err error) { text += fmt.Sprintf("%s %v %T\n", jsonBytes(answer), err, err) }
-	api := client.Resource(deploymentsResource).Namespace("team")
+	api := client.Resource(kinds[0].resource).Namespace("team")
 	list, err := api.List(t.Context(), metav1.ListOptions{})
 	show(list, err)
 	show(api.Patch(t.Context(), "api", types.MergePatchType, []byte(`{}`), metav1.PatchOptions{}))

@@ -43,11 +43,11 @@ const (
 type rolloutState int
 
 const (
-	unmatched   rolloutState = iota // no Deployment runs the image, or none may be restarted
+	unmatched   rolloutState = iota // no workload runs the image, or none is to be restarted
 	complete                        // all pods are newer than the request, and available
 	progressing                     // not yet
 	pending                         // a live cluster has not reported
-	failed                          // a Deployment made no progress, or could not be restarted
+	failed                          // a workload made no progress, or could not be restarted
 )
 
 var rolloutStates = []string{"unmatched", "complete", "progressing", "pending", "failed"}
@@ -61,34 +61,13 @@ func (s *rolloutState) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// stateOf reads the status of a Deployment as `kubectl rollout status` does.
-func stateOf(object map[string]any) rolloutState {
-	number := func(m map[string]any, name string) int64 {
-		n, _ := m[name].(int64)
-		return n
-	}
-	spec, status := child(object, "spec"), child(object, "status")
-	if number(status, "observedGeneration") < number(child(object, "metadata"), "generation") {
-		return progressing
-	}
-	for _, condition := range children(status, "conditions") {
-		if condition["type"] == "Progressing" && condition["reason"] == "ProgressDeadlineExceeded" {
-			return failed
-		}
-	}
-	updated := number(status, "updatedReplicas")
-	if updated < number(spec, "replicas") || number(status, "replicas") > updated || number(status, "availableReplicas") < updated {
-		return progressing
-	}
-	return complete
-}
-
-// report is one whole snapshot of one worker's cache. It names no Deployment,
+// report is one whole snapshot of one worker's cache. It names no workload,
 // because the logs of a job may be public.
 type report struct {
 	State       rolloutState   `json:"state"`
 	RequestedAt string         `json:"requestedAt,omitempty"` // as restartedAt; it may be newer than what was asked for
-	Matched     int            `json:"matched"`               // Deployments that run the image
+	Matched     int            `json:"matched"`               // workloads that run the image
+	Kinds       map[string]int `json:"kinds,omitempty"`       // of those, by kind
 	Restarted   int            `json:"restarted"`             // of those, have pods newer than the request
 	Complete    int            `json:"complete"`              // of those, all pods are available
 	Failed      int            `json:"failed"`                // made no progress, or could not be restarted
@@ -105,10 +84,11 @@ func (w *worker) report(f *followed) report {
 	if !known || len(running) == 0 { // not known: not under ALLOWED_IMAGE_PREFIX
 		return report{RequestedAt: formatTime(max(f.at, request.at))}
 	}
-	r := report{RequestedAt: formatTime(request.at), Deferred: map[string]int{}, Skipped: map[string]int{}, Warnings: map[string]int{}}
+	r := report{RequestedAt: formatTime(request.at), Kinds: map[string]int{}, Deferred: map[string]int{}, Skipped: map[string]int{}, Warnings: map[string]int{}}
 	m, states := w.requests.moment(), map[rolloutState]int{}
 	for _, d := range running {
 		r.Matched++
+		r.Kinds[d.kind.name]++
 		image := d.image(f.image)
 		if image.pinned {
 			r.Skipped[pinnedReason]++
@@ -118,15 +98,20 @@ func (w *worker) report(f *followed) report {
 			r.Warnings[image.pullPolicy]++
 		}
 		state := progressing
-		switch next := w.rules.decide(d, *image, request, m); next.verdict {
-		case satisfied:
+		switch next := w.rules.decide(d, *image, request, m); {
+		case next.verdict == satisfied && w.cfg.DryRun && d.restarted.at >= d.kind.value(request.at):
+			r.Skipped[dryRunReason]++
+			state = unmatched
+		case next.verdict == satisfied:
 			r.Restarted++
 			state = d.rollout
-		case expired:
+		case next.verdict == expired:
 			state = failed
-		case deferred:
+		case next.verdict == due && w.paced(d.key()):
+			r.Deferred[paceReason]++
+		case next.verdict == deferred:
 			r.Deferred[next.reason]++
-		case skipped:
+		case next.verdict == skipped:
 			r.Skipped[next.reason]++
 			state = unmatched
 		}
@@ -376,14 +361,14 @@ func (i *imageRollout) decode(live []string, since string) {
 
 // record writes an Event about a restart. It runs in a goroutine of its own. The name
 // comes from T, so that any number of workers write one Event.
-func (w *worker) record(d *deployment, restart decision) {
+func (w *worker) record(d *workload, restart decision) {
 	ctx, cancel := context.WithTimeout(context.Background(), patchTimeout)
 	defer cancel()
 	now := w.now().UTC().Format(time.RFC3339)
 	event := &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": "v1", "kind": "Event",
 		"metadata":       map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
-		"involvedObject": map[string]any{"apiVersion": "apps/v1", "kind": "Deployment", "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
+		"involvedObject": map[string]any{"apiVersion": d.kind.resource.GroupVersion().String(), "kind": d.kind.name, "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
 		"type":           "Normal", "reason": "Restarted",
 		"message":        fmt.Sprintf("Restarted because %s was requested at %s", restart.image.ref, formatTime(restart.request.at)),
 		"source":         map[string]any{"component": fieldManager},

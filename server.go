@@ -243,9 +243,9 @@ var (
 	caughtUpRequests    = workerMetrics.NewCounter(metricPrefix + "caught_up_requests_total")
 	caughtUpAt          = workerMetrics.NewGauge(metricPrefix+"caught_up_timestamp_seconds", nil)
 	subscribed          = workerMetrics.NewGauge(metricPrefix+"subscribed", nil)
-	restarts            = workerMetrics.NewCounter(metricPrefix + "restarts_total")
-	skips               = newCounters(workerMetrics, `skips_total{reason=%q}`, pinnedReason, expiredReason, deletedReason)
-	deferrals           = newCounters(workerMetrics, `deferrals_total{reason=%q}`, pausedReason, intervalReason)
+	restarts            = newCounters(workerMetrics, `restarts_total{kind=%q}`, kindNames()...)
+	skips               = newCounters(workerMetrics, `skips_total{reason=%q}`, pinnedReason, expiredReason, deletedReason, onDeleteReason)
+	deferrals           = newCounters(workerMetrics, `deferrals_total{reason=%q}`, pausedReason, intervalReason, paceReason)
 	retries             = workerMetrics.NewCounter(metricPrefix + "retries_total")
 	conflicts           = workerMetrics.NewCounter(metricPrefix + "conflicts_total")
 	giveUps             = workerMetrics.NewCounter(metricPrefix + "give_ups_total")
@@ -253,11 +253,15 @@ var (
 	restartSeconds      = newHistogram(workerMetrics, "restart_seconds")
 	rollouts            = newCounters(workerMetrics, `rollouts_total{state=%q}`, rolloutStates[complete], rolloutStates[failed], rolloutStates[unmatched])
 	rolloutSeconds      = newHistogram(workerMetrics, "rollout_seconds")
-	cachedDeployments   = workerMetrics.NewGauge(metricPrefix+"deployments", nil)
 	watchEventAt        = workerMetrics.NewGauge(metricPrefix+"watch_event_timestamp_seconds", nil)
 	watchesStarted      = workerMetrics.NewCounter(metricPrefix + "watches_started_total")
 	queueLength         = workerMetrics.NewGauge(metricPrefix+"queue_length", nil)
 )
+
+// cachedWorkloads counts what the cache has of a kind.
+func cachedWorkloads(kind string) *metrics.Gauge {
+	return workerMetrics.GetOrCreateGauge(fmt.Sprintf(metricPrefix+"workloads{kind=%q}", kind), nil)
+}
 
 // counters is one metric with one label. Its values are constants, never a caller's text.
 type counters func(value string) *metrics.Counter

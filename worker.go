@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/util/flowcontrol"
 	"k8s.io/client-go/util/workqueue"
 )
 
@@ -22,7 +23,7 @@ const (
 	// Flux strips what a field manager whose name begins with kubectl has set.
 	fieldManager = "kuberollouttrigger"
 
-	// patchTimeout bounds all that is sent for one Deployment in one look. An API
+	// patchTimeout bounds all that is sent for one workload in one look. An API
 	// server waits as long for an admission webhook by default.
 	patchTimeout = 10 * time.Second
 
@@ -43,18 +44,19 @@ const (
 
 // worker restarts what runs an image that was requested.
 //
-// Messages and catch-up both end in remember, which queues the Deployments that
-// run the image. The queue is by Deployment, so that one which cannot be patched
-// holds up no other. What a Deployment needs is decided when its turn comes, from
+// Messages and catch-up both end in remember, which queues the workloads that run
+// the image. The queue is by workload, so that one which cannot be patched holds up
+// no other. What a workload needs is decided when its turn comes, from
 // the cache and the newest requests; nothing is carried over from an earlier try.
 type worker struct {
 	log      *slog.Logger
 	client   dynamic.Interface
 	source   *subscriber
 	requests *requests
-	cache    *deploymentCache
+	cache    *workloadCache
 	queue    workqueue.TypedDelayingInterface[string]
 	backoff  workqueue.TypedRateLimiter[string]
+	pace     flowcontrol.PassiveRateLimiter // WORKER_RESTARTS_PER_MINUTE
 	cfg      workerConfig
 	rules    rules
 	now      func() time.Time
@@ -63,7 +65,7 @@ type worker struct {
 	caughtUp   health
 	follower   *follower
 	eventless  atomic.Bool // an Event could not be written, and the log says so
-	notBefore  sync.Map    // when a Deployment whose restart failed is due again, a time.Time by key
+	notBefore  sync.Map    // when a workload that failed or is paced is due again, a time.Time by key
 }
 
 func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
@@ -78,10 +80,14 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 		backoff:    workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff),
 		catchUpDue: make(chan struct{}, 1),
 		requests:   newRequests(now),
+		pace:       flowcontrol.NewFakeAlwaysRateLimiter(),
+	}
+	if cfg.RestartsPerMinute > 0 {
+		w.pace = flowcontrol.NewTokenBucketPassiveRateLimiter(float32(cfg.RestartsPerMinute)/60, 1)
 	}
 	w.caughtUp.set(errors.New("not caught up yet"))
 	w.follower = &follower{worker: w, images: map[string]*followed{}}
-	w.cache = newDeploymentCache(cfg, client, w.log, now, w.look)
+	w.cache = newWorkloadCache(cfg, client, w.log, now, w.look)
 	return w
 }
 
@@ -109,14 +115,20 @@ func (w *worker) run(ctx context.Context) error {
 	return err
 }
 
-// ready is nil while the worker misses no request and no Deployment.
+// ready is nil while the worker misses no request and no workload.
 func (w *worker) ready() error {
 	return cmp.Or(w.cache.ready(), w.source.subscribed.get(), w.caughtUp.get())
 }
 
 // measure sets the gauges that are read when asked for.
 func (w *worker) measure() {
-	cachedDeployments.Set(float64(len(w.cache.store.ListKeys())))
+	cached := map[string]int{}
+	for _, d := range w.cache.store.List() {
+		cached[d.(*workload).kind.name]++
+	}
+	for _, k := range kinds {
+		cachedWorkloads(k.name).Set(float64(cached[k.name]))
+	}
 	queueLength.Set(float64(w.queue.Len()))
 }
 
@@ -137,7 +149,7 @@ func (w *worker) handleMessage(text string) {
 	messages("heard").Inc()
 }
 
-// remember keeps the newest request for an image and queues the Deployments that
+// remember keeps the newest request for an image and queues the workloads that
 // run it. Its error is a request that web would not have made.
 func (w *worker) remember(image string, r request) error {
 	if !w.cfg.ImagePrefixes.allows(image) {
@@ -160,7 +172,7 @@ func (w *worker) remember(image string, r request) error {
 	for _, d := range running {
 		if d.image(image).pinned {
 			skips(pinnedReason).Inc()
-			log.Info("not restarted", "reason", pinnedReason, "namespace", d.namespace, "deployment", d.name)
+			log.Info("not restarted", "reason", pinnedReason, "namespace", d.namespace, d.kind.attribute(), d.name)
 			continue
 		}
 		w.queue.Add(d.key())
@@ -169,7 +181,7 @@ func (w *worker) remember(image string, r request) error {
 	return nil
 }
 
-// look queues a Deployment that is new to the cache, was resumed, or runs another
+// look queues a workload that is new to the cache, was resumed, or runs another
 // image, if it needs a restart.
 func (w *worker) look(key string) {
 	if d := w.cache.get(key); d != nil && w.decide(d).verdict != satisfied {
@@ -262,11 +274,11 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 	}
 }
 
-// reconcile gives one Deployment the restart that it needs, if any. The patch
+// reconcile gives one workload the restart that it needs, if any. The patch
 // carries the resourceVersion of the entry, which keeps crossing requests of
 // several workers apart. If that is outdated, the worker decides on the present
 // version. Unless another worker was faster, it then patches without it, because a
-// Deployment in the middle of a rollout changes several times a second.
+// workload in the middle of a rollout changes several times a second.
 func (w *worker) reconcile(ctx context.Context, key string) {
 	d := w.cache.get(key)
 	if d == nil {
@@ -283,13 +295,16 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	versioned := w.backoff.NumRequeues(key) == 0
 	for fetched := false; ; fetched = true {
 		next := w.decide(d)
+		if next.verdict == due && versioned && !fetched && !w.pace.TryAccept() {
+			next.verdict, next.reason, next.wait = deferred, paceReason, time.Minute/time.Duration(w.cfg.RestartsPerMinute)
+		}
 		if next.verdict != due {
 			w.settle(d, next, nil)
 			return
 		}
 		err := w.patch(ctx, d, next.request.at, versioned)
 		if outdated(err) && (versioned || !fetched) {
-			var present *deployment
+			var present *workload
 			if present, err = w.fetch(ctx, d); present != nil {
 				versioned = versioned && present.restartedAt != d.restartedAt
 				d = present
@@ -300,7 +315,7 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 				return
 			}
 		}
-		if err == nil && w.cfg.Events {
+		if err == nil && w.cfg.Events && !w.cfg.DryRun {
 			go w.record(d, next)
 		}
 		w.settle(d, next, err)
@@ -308,23 +323,23 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	}
 }
 
-// fetch returns the present version of a Deployment, nil if there is none. It
+// fetch returns the present version of a workload, nil if there is none. It
 // lists, because the worker has no right to get.
-func (w *worker) fetch(ctx context.Context, d *deployment) (*deployment, error) {
-	list, err := w.client.Resource(deploymentsResource).Namespace(d.namespace).
+func (w *worker) fetch(ctx context.Context, d *workload) (*workload, error) {
+	list, err := w.client.Resource(d.kind.resource).Namespace(d.namespace).
 		List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + d.name, LabelSelector: w.cfg.Selector})
 	if err != nil {
-		return nil, fmt.Errorf("reading the Deployment after a conflict: %w", err)
+		return nil, fmt.Errorf("reading the present version after a conflict: %w", err)
 	}
 	if len(list.Items) == 0 {
 		return nil, nil
 	}
-	w.cache.put(newDeployment(&list.Items[0]), fromAnswer)
+	w.cache.put(newWorkload(d.kind, &list.Items[0]), fromAnswer)
 	return w.cache.get(d.key()), nil
 }
 
 // decide returns the decision on the newest request that d does not satisfy.
-func (w *worker) decide(d *deployment) (next decision) {
+func (w *worker) decide(d *workload) (next decision) {
 	m := w.requests.moment()
 	for _, image := range d.images {
 		r, requested := w.requests.get(image.ref)
@@ -341,12 +356,12 @@ func (w *worker) decide(d *deployment) (next decision) {
 // settle ends a look: with a decision against a restart, or with the outcome of a
 // patch. A failure is tried again until it succeeds or the request expires, with
 // pauses that a newer request does not cut short.
-func (w *worker) settle(d *deployment, next decision, err error) {
+func (w *worker) settle(d *workload, next decision, err error) {
 	key := d.key()
-	log := w.log.With("namespace", d.namespace, "deployment", d.name,
+	log := w.log.With("namespace", d.namespace, d.kind.attribute(), d.name,
 		"image", next.image.ref, "requested_at", formatTime(next.request.at))
 	switch {
-	case next.verdict == satisfied:
+	case next.verdict == satisfied, next.reason == paceReason && w.paced(key): // which was said before
 	case next.verdict == expired && w.backoff.NumRequeues(key) > 0:
 		giveUps.Inc()
 		log.Error("gave up: the restart failed until the request expired")
@@ -360,6 +375,8 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 	case errors.Is(err, errNoEffect):
 		ineffectiveRestarts.Inc()
 		log.Error("restart had no effect", "err", err)
+	case err == nil && w.cfg.DryRun:
+		log.Info("would restart")
 	case err == nil && next.image.pullPolicy != "":
 		log.Warn("restarted", "warning", "imagePullPolicy is "+next.image.pullPolicy+
 			": nodes that have the image cached do not pull it again; set it to Always")
@@ -377,19 +394,28 @@ func (w *worker) settle(d *deployment, next decision, err error) {
 		return
 	}
 	w.done(key)
+	if next.reason == paceReason {
+		w.notBefore.Store(key, w.now().Add(next.wait))
+	}
 	if next.verdict == deferred {
 		w.queue.AddAfter(key, next.wait)
 	}
 }
 
-// backingOff returns how long a Deployment whose restart failed has to wait.
+// paced reports whether a workload waits for WORKER_RESTARTS_PER_MINUTE.
+func (w *worker) paced(key string) bool {
+	_, waits := w.notBefore.Load(key)
+	return waits && w.backoff.NumRequeues(key) == 0
+}
+
+// backingOff returns how long a workload that failed or is paced has to wait.
 func (w *worker) backingOff(key string) time.Duration {
 	due, _ := w.notBefore.Load(key)
 	at, _ := due.(time.Time)
 	return at.Sub(w.now())
 }
 
-// done forgets the failures of a Deployment.
+// done forgets the failures of a workload, and that it is paced.
 func (w *worker) done(key string) {
 	w.backoff.Forget(key)
 	w.notBefore.Delete(key)
@@ -399,35 +425,39 @@ func (w *worker) done(key string) {
 var errNoEffect = errors.New("the API server's answer lacks the annotation; a webhook may remove it")
 
 // patch restarts d as `kubectl rollout restart` does, and changes nothing else.
-// Since restartedAt is T, any number of workers send the same. The uid keeps it
-// from a Deployment of the same name that was created since.
-func (w *worker) patch(ctx context.Context, d *deployment, at int64, versioned bool) error {
-	metadata, restartedAt := fmt.Sprintf(`"uid":%q`, d.uid), formatTime(at)
+// Since the value comes from T, any number of workers send the same. The uid keeps
+// it from a workload of the same name that was created since.
+func (w *worker) patch(ctx context.Context, d *workload, at int64, versioned bool) error {
+	value, preconditions := d.kind.value(at), map[string]string{"uid": string(d.uid)}
 	if versioned {
-		metadata = fmt.Sprintf(`"resourceVersion":%q,`, d.resourceVersion) + metadata
+		preconditions["resourceVersion"] = d.resourceVersion
 	}
-	body := fmt.Appendf(nil, `{"metadata":{%s},"spec":{"template":{"metadata":{"annotations":{%q:%q}}}}}`,
-		metadata, restartedAtAnnotation, restartedAt)
-	answer, err := w.client.Resource(deploymentsResource).Namespace(d.namespace).
-		Patch(ctx, d.name, types.MergePatchType, body, metav1.PatchOptions{FieldManager: fieldManager})
+	options := metav1.PatchOptions{FieldManager: fieldManager}
+	if w.cfg.DryRun {
+		options.DryRun = []string{metav1.DryRunAll}
+	}
+	answer, err := w.client.Resource(d.kind.resource).Namespace(d.namespace).
+		Patch(ctx, d.name, types.MergePatchType, d.kind.patch(value, preconditions), options)
 	if apierrors.IsConflict(err) {
 		conflicts.Inc()
 	}
 	if err != nil {
 		return err
 	}
-	patched := newDeployment(answer)
-	w.cache.put(patched, fromAnswer)
-	if patched.restartedAt != restartedAt {
+	patched := newWorkload(d.kind, answer)
+	w.cache.put(patched, fromAnswer) // of a dry run too: later entries inherit the restart
+	if patched.restartedAt != value {
 		return errNoEffect
 	}
-	restarts.Inc()
-	restartSeconds.observe(w.requests.age(at))
+	if !w.cfg.DryRun {
+		restarts(d.kind.name).Inc()
+		restartSeconds.observe(w.requests.age(at))
+	}
 	return nil
 }
 
 // outdated reports whether a patch was refused because the entry is outdated: the
-// Deployment has changed, is gone, or has another uid, which the API server
+// workload has changed, is gone, or has another uid, which the API server
 // answers as a change of an immutable field.
 func outdated(err error) bool {
 	return apierrors.IsConflict(err) || apierrors.IsNotFound(err) ||

@@ -116,7 +116,7 @@ func TestPaused(t *testing.T) {
 	w.awaitRestart("a/paused", at)
 
 	kube.Change("a/paused", setPaused(true))
-	eventually(t, "the cache has it", func() bool { return w.cache.get("a/paused").paused })
+	eventually(t, "the cache has it", func() bool { return w.entry("a/paused").paused })
 	at = w.request(apiDev)
 	w.ahead.Store(int64(61 * time.Minute))
 	kube.Change("a/paused", setPaused(false))
@@ -182,7 +182,7 @@ func TestRestartIntervalAfterAnother(t *testing.T) {
 	kube.Create("a/kubectl", fake.Spec{Image: webDev})
 	eventually(t, "it is cached", func() bool { return len(w.cache.running(webDev)) == 1 })
 	kube.Change("a/kubectl", setRestartedAt(formatTime(1)))
-	eventually(t, "the cache has it", func() bool { return w.cache.get("a/kubectl").restartedAt != "" })
+	eventually(t, "the cache has it", func() bool { return w.entry("a/kubectl").restartedAt != "" })
 	w.publish(webDev)
 	eventually(t, "it is deferred", func() bool { return w.logs.has("WORKER_RESTART_INTERVAL", `"deployment":"kubectl"`) })
 }

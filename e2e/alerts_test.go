@@ -127,14 +127,14 @@ func noFault(t *testing.T) map[string]observation {
 	createAll(t, []deployment{paused, plain})
 	r := record(t, s.namespace)
 	s.begin = s.before
-	s.advance(t, s.worker, "worker-0", "deployments", "watch_event_timestamp_seconds")
+	s.advance(t, s.worker, "worker-0", `workloads{kind="Deployment"}`, "watch_event_timestamp_seconds")
 	s.begin = s.scrapeBoth(t)
 	for _, d := range []deployment{paused, plain} {
 		s.push(t, d.images[0])
 	}
 	s.has(t, `messages_total{result="heard"}`)
-	s.count(1, "restarts_total")
-	s.has(t, "restarts_total")
+	s.count(1, `restarts_total{kind="Deployment"}`)
+	s.has(t, `restarts_total{kind="Deployment"}`)
 	s.rolledOut(t, plain, false)
 	s.count(1, `rollouts_total{state="complete"}`)
 	s.has(t, `rollouts_total{state="complete"}`)
@@ -143,8 +143,8 @@ func noFault(t *testing.T) map[string]observation {
 	s.advance(t, s.worker, "worker-0", "caught_up_timestamp_seconds")
 	time.Sleep(time.Until(late))
 	paused.patch(t, `{"spec":{"paused":false}}`)
-	s.count(1, "restarts_total")
-	s.has(t, "restarts_total")
+	s.count(1, `restarts_total{kind="Deployment"}`)
+	s.has(t, `restarts_total{kind="Deployment"}`)
 	if r.restarts(paused) == 0 {
 		t.Error("the paused Deployment was not restarted")
 	}
@@ -208,14 +208,14 @@ func restartFault(t *testing.T) map[string]observation {
 		s.push(t, d.images[0])
 	}
 	lifted := time.Now().Add(31 * time.Second)
-	s.advance(t, s.worker, "worker-0", "ineffective_restarts_total", "restarts_total")
+	s.advance(t, s.worker, "worker-0", "ineffective_restarts_total", `restarts_total{kind="Deployment"}`)
 	s.rolledOut(t, failing, true)
 	s.advance(t, s.worker, "worker-0", `rollouts_total{state="failed"}`)
 	time.Sleep(time.Until(lifted))
 	s.api.set(anyOf(always...))
 	s.goOn(t)
-	s.count(2, "restarts_total")
-	s.has(t, "restarts_total")
+	s.count(2, `restarts_total{kind="Deployment"}`)
+	s.has(t, `restarts_total{kind="Deployment"}`)
 	s.advance(t, s.worker, "worker-0", "caught_up_timestamp_seconds", "give_ups_total")
 	return s.observed(t)
 }

@@ -113,7 +113,7 @@ func (c *rolloutCluster) startControllers() error {
 	// Not limited in what they send: the product is what is measured.
 	common := []string{"--kubeconfig", kubeconfig, "--leader-elect=false", "--secure-port=0", "--kube-api-qps=2000", "--kube-api-burst=2000"}
 	for _, command := range [][]string{
-		append([]string{"kube-controller-manager", "--controllers=deployment-controller,replicaset-controller"}, common...),
+		append([]string{"kube-controller-manager", "--controllers=deployment-controller,replicaset-controller,statefulset-controller,daemonset-controller"}, common...),
 		append([]string{"kube-scheduler"}, common...),
 		kwok,
 	} {

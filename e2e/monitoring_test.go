@@ -347,8 +347,8 @@ func (d *day) rolledOut(t testing.TB, app deployment, failed bool) {
 func (d *day) rollOut(t testing.TB, app deployment, state string) {
 	t.Helper()
 	d.push(t, app.images[0])
-	d.count(1, "restarts_total", "restart_seconds_count")
-	d.has(t, "restarts_total")
+	d.count(1, `restarts_total{kind="Deployment"}`, "restart_seconds_count")
+	d.has(t, `restarts_total{kind="Deployment"}`)
 	d.rolledOut(t, app, state == "failed")
 	ended := fmt.Sprintf("rollouts_total{state=%q}", state)
 	d.count(1, ended, "rollout_seconds_count")
@@ -403,7 +403,7 @@ func TestMetrics(t *testing.T) {
 		s.mustPassLint(t)
 	}
 	d.check(t, web, worker)
-	gauges := map[string]float64{"subscribed": 1, "queue_length": 0, "deployments": deployments}
+	gauges := map[string]float64{"subscribed": 1, "queue_length": 0, `workloads{kind="Deployment"}`: deployments}
 	for series, want := range gauges {
 		if got := worker.value(t, series); got != want {
 			t.Errorf("%s is %v, want %v", series, got, want)
@@ -485,7 +485,7 @@ func (d *day) deployments(t testing.TB) map[string]deployment {
 		t.Fatal(err)
 	}
 	eventually(t, 10*time.Second, "the worker knows all", func() error {
-		if got := d.worker.scrape(t).value(t, "deployments"); got != float64(len(apps)) {
+		if got := d.worker.scrape(t).value(t, `workloads{kind="Deployment"}`); got != float64(len(apps)) {
 			return fmt.Errorf("%v Deployments", got)
 		}
 		return nil
@@ -506,8 +506,8 @@ func (d *day) restarts(t testing.TB) float64 {
 		d.rolledOut(t, apps["plain"], false)
 	}
 	d.push(t, apps["plain"].images[0]) // within the interval
-	d.count(1, `deferrals_total{reason="restarted less than WORKER_RESTART_INTERVAL ago"}`, "restarts_total", "restart_seconds_count")
-	d.has(t, "restarts_total")
+	d.count(1, `deferrals_total{reason="restarted less than WORKER_RESTART_INTERVAL ago"}`, `restarts_total{kind="Deployment"}`, "restart_seconds_count")
+	d.has(t, `restarts_total{kind="Deployment"}`)
 
 	d.rollOut(t, apps["failed"], "failed")
 	d.push(t, apps["paused"].images[0])
@@ -533,12 +533,12 @@ func (d *day) failures(t testing.TB, apps map[string]deployment) {
 	t.Helper()
 	d.api.set(once(answering(409, "", patchOf(apps["conflict"]))))
 	d.push(t, apps["conflict"].images[0])
-	d.count(1, "conflicts_total", "restarts_total", "restart_seconds_count")
-	d.has(t, "restarts_total")
+	d.count(1, "conflicts_total", `restarts_total{kind="Deployment"}`, "restart_seconds_count")
+	d.has(t, `restarts_total{kind="Deployment"}`)
 	d.api.set(once(answering(500, "", patchOf(apps["retry"]))))
 	d.push(t, apps["retry"].images[0])
-	d.count(1, "retries_total", "restarts_total", "restart_seconds_count")
-	d.has(t, "restarts_total")
+	d.count(1, "retries_total", `restarts_total{kind="Deployment"}`, "restart_seconds_count")
+	d.has(t, `restarts_total{kind="Deployment"}`)
 	d.api.set(stripping(t, apps["stripped"]))
 	d.push(t, apps["stripped"].images[0])
 	d.count(1, "ineffective_restarts_total")
@@ -725,7 +725,7 @@ func (l lateWorker) check(t testing.TB) {
 	s := l.scrape(t)
 	s.mustBeDocumented(t, "worker")
 	for series, want := range map[string]float64{
-		"restarts_total": 1, "restart_seconds_count": 1, `deferrals_total{reason="paused"}`: 1, "give_ups_total": 0, "deployments": 2,
+		`restarts_total{kind="Deployment"}`: 1, "restart_seconds_count": 1, `deferrals_total{reason="paused"}`: 1, "give_ups_total": 0, `workloads{kind="Deployment"}`: 2,
 	} {
 		if got := s.value(t, series); got != want {
 			t.Errorf("the late worker's %s is %v, want %v", series, got, want)
@@ -744,7 +744,7 @@ func TestRestartSeconds(t *testing.T) {
 	worker := startWorker(t, farAway(t, valkey.addr, away), kubeconfig, "WORKER_NAMESPACES="+app.namespace)
 	newClient(startWeb(t, valkey.addr).url).mustPush(t, app.images[0])
 	eventually(t, 10*time.Second, "it is restarted", func() error {
-		if got := worker.scrape(t).value(t, "restarts_total"); got != 1 {
+		if got := worker.scrape(t).value(t, `restarts_total{kind="Deployment"}`); got != 1 {
 			return fmt.Errorf("restarts_total is %v", got)
 		}
 		return nil

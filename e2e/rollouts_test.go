@@ -36,14 +36,18 @@ type rollout struct {
 
 type report struct {
 	Matched, Restarted, Complete, Failed int
-	Deferred, Skipped, Warnings          map[string]int
+	Kinds, Deferred, Skipped, Warnings   map[string]int
 	ChangedAt                            string
 }
 
-// counts is the report of a cluster about the first image, without its time.
+// counts is the report of a cluster about the first image, without its time, and
+// without the kinds if there are none but Deployments.
 func (r rollout) counts(cluster string) string {
 	counts := r.Images[0].Clusters[cluster].report
 	counts.ChangedAt = ""
+	if counts.Kinds["Deployment"] == counts.Matched { // nothing else
+		counts.Kinds = nil
+	}
 	return asJSON(counts)
 }
 

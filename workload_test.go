@@ -24,29 +24,29 @@ func TestDecide(t *testing.T) {
 	for name, tt := range map[string]struct {
 		request  request
 		image    usedImage
-		d        deployment
+		d        workload
 		newest   time.Duration // the newest T known, after T
 		interval time.Duration
 		want     verdict
 	}{
 		"never restarted":                            {request: received(later), image: cached(time.Hour), want: due},
 		"never restarted, caught up":                 {request: caughtUp(later), image: cached(time.Hour), want: due},
-		"restarted before T":                         {d: deployment{restartedAt: own(-time.Microsecond)}, request: received(later), image: cached(time.Hour), want: due},
-		"restarted at T":                             {d: deployment{restartedAt: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"restarted after T":                          {d: deployment{restartedAt: own(time.Microsecond)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"restarted at T, and the annotation removed": {d: deployment{restarted: restart{at: own(0)}}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"own form, 5 s ahead":                        {d: deployment{restartedAt: own(later + 5*time.Second)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"own form, more than 5 s ahead":              {d: deployment{restartedAt: own(later + 5*time.Second + 1000)}, request: received(later), image: cached(time.Hour), want: due},
-		"own form, 2 h ahead, a T that is known":     {d: deployment{restartedAt: own(2 * time.Hour)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: satisfied},
-		"own form, beyond each T that is known":      {d: deployment{restartedAt: own(2*time.Hour + 1000)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: due},
-		"other form before T":                        {d: deployment{restartedAt: other(-time.Second)}, request: received(later), image: cached(time.Hour), want: due},
-		"other form at T":                            {d: deployment{restartedAt: other(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"other form now":                             {d: deployment{restartedAt: other(later)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"other form from the future":                 {d: deployment{restartedAt: other(later + time.Second)}, newest: time.Hour, request: received(later), image: cached(time.Hour), want: due},
-		"other form with an offset":                  {d: deployment{restartedAt: at.In(time.FixedZone("", 3600)).Format(time.RFC3339)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"milliseconds are another form":              {d: deployment{restartedAt: at.Add(later + time.Second).Format("2006-01-02T15:04:05.000Z")}, request: received(later), image: cached(time.Hour), want: due},
-		"an offset is another form":                  {d: deployment{restartedAt: at.Add(later+time.Second).Format("2006-01-02T15:04:05.000000") + "+00:00"}, request: received(later), image: cached(time.Hour), want: due},
-		"no time at all":                             {d: deployment{restartedAt: "yesterday"}, request: received(later), image: cached(time.Hour), want: due},
+		"restarted before T":                         {d: workload{restartedAt: own(-time.Microsecond)}, request: received(later), image: cached(time.Hour), want: due},
+		"restarted at T":                             {d: workload{restartedAt: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"restarted after T":                          {d: workload{restartedAt: own(time.Microsecond)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"restarted at T, and the annotation removed": {d: workload{restarted: restart{at: own(0)}}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, 5 s ahead":                        {d: workload{restartedAt: own(later + 5*time.Second)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, more than 5 s ahead":              {d: workload{restartedAt: own(later + 5*time.Second + 1000)}, request: received(later), image: cached(time.Hour), want: due},
+		"own form, 2 h ahead, a T that is known":     {d: workload{restartedAt: own(2 * time.Hour)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, beyond each T that is known":      {d: workload{restartedAt: own(2*time.Hour + 1000)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: due},
+		"other form before T":                        {d: workload{restartedAt: other(-time.Second)}, request: received(later), image: cached(time.Hour), want: due},
+		"other form at T":                            {d: workload{restartedAt: other(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"other form now":                             {d: workload{restartedAt: other(later)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"other form from the future":                 {d: workload{restartedAt: other(later + time.Second)}, newest: time.Hour, request: received(later), image: cached(time.Hour), want: due},
+		"other form with an offset":                  {d: workload{restartedAt: at.In(time.FixedZone("", 3600)).Format(time.RFC3339)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"milliseconds are another form":              {d: workload{restartedAt: at.Add(later + time.Second).Format("2006-01-02T15:04:05.000Z")}, request: received(later), image: cached(time.Hour), want: due},
+		"an offset is another form":                  {d: workload{restartedAt: at.Add(later+time.Second).Format("2006-01-02T15:04:05.000000") + "+00:00"}, request: received(later), image: cached(time.Hour), want: due},
+		"no time at all":                             {d: workload{restartedAt: "yesterday"}, request: received(later), image: cached(time.Hour), want: due},
 
 		"cached when the message arrived, added later by another clock": {request: received(later), image: added(time.Hour, time.Hour), want: due},
 		"cached after the message, added before T":                      {request: received(later), image: added(time.Minute, -1), want: due},
@@ -55,23 +55,23 @@ func TestDecide(t *testing.T) {
 		"caught up, added before T":                                     {request: caughtUp(later), image: added(time.Hour, -1), want: due},
 		"caught up, added after T":                                      {request: caughtUp(later), image: added(time.Hour, 1), want: satisfied},
 
-		"Valkey behind: other form before the message":        {d: deployment{restartedAt: other(time.Minute)}, request: request{made: at.Add(2 * time.Minute), announced: true}, image: cached(0), want: due},
-		"Valkey behind: other form after the message":         {d: deployment{restartedAt: other(3 * time.Minute)}, request: request{made: at.Add(2 * time.Minute), announced: true}, image: cached(0), want: satisfied},
+		"Valkey behind: other form before the message":        {d: workload{restartedAt: other(time.Minute)}, request: request{made: at.Add(2 * time.Minute), announced: true}, image: cached(0), want: due},
+		"Valkey behind: other form after the message":         {d: workload{restartedAt: other(3 * time.Minute)}, request: request{made: at.Add(2 * time.Minute), announced: true}, image: cached(0), want: satisfied},
 		"Valkey behind: added before the message, seen later": {request: request{made: at.Add(2 * time.Minute), announced: true}, image: usedImage{cachedAt: at.Add(time.Hour), addedAt: at.Add(time.Minute)}, want: due},
 		"just before the window's end":                        {request: received(time.Hour - 1), image: cached(2 * time.Hour), want: due},
 		"expired":                                             {request: received(time.Hour), image: cached(2 * time.Hour), want: expired},
-		"expired while paused":                                {request: caughtUp(time.Hour), image: cached(2 * time.Hour), d: deployment{paused: true}, want: expired},
+		"expired while paused":                                {request: caughtUp(time.Hour), image: cached(2 * time.Hour), d: workload{paused: true}, want: expired},
 		"made in the future":                                  {request: caughtUp(-time.Hour), image: cached(2 * time.Hour), want: due},
-		"being deleted":                                       {request: received(later), image: cached(time.Hour), d: deployment{deleting: true}, want: skipped},
-		"being deleted while paused":                          {request: received(later), image: cached(time.Hour), d: deployment{deleting: true, paused: true}, want: skipped},
-		"paused":                                              {request: received(later), image: cached(time.Hour), d: deployment{paused: true}, want: deferred},
-		"paused, restarted already":                           {request: received(later), image: cached(time.Hour), d: deployment{paused: true, restartedAt: own(0)}, want: satisfied},
-		"restarted just now":                                  {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, interval: 10 * time.Second, want: deferred},
-		"restarted just now, no interval":                     {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-time.Second)}}, want: due},
-		"restarted an interval ago":                           {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(-1000), now.Add(-10 * time.Second)}}, interval: 10 * time.Second, want: due},
-		"restarted at an unknown time":                        {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{at: own(-1000)}}, interval: 10 * time.Second, want: due},
-		"restarted just now, and expired":                     {request: received(time.Hour), image: cached(2 * time.Hour), d: deployment{restarted: restart{own(-1000), now}}, interval: 10 * time.Second, want: expired},
-		"restarted just now and satisfied":                    {request: received(later), image: cached(time.Hour), d: deployment{restarted: restart{own(0), now}}, interval: 10 * time.Second, want: satisfied},
+		"being deleted":                                       {request: received(later), image: cached(time.Hour), d: workload{deleting: true}, want: skipped},
+		"being deleted while paused":                          {request: received(later), image: cached(time.Hour), d: workload{deleting: true, paused: true}, want: skipped},
+		"paused":                                              {request: received(later), image: cached(time.Hour), d: workload{paused: true}, want: deferred},
+		"paused, restarted already":                           {request: received(later), image: cached(time.Hour), d: workload{paused: true, restartedAt: own(0)}, want: satisfied},
+		"restarted just now":                                  {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(-1000), now.Add(-time.Second)}}, interval: 10 * time.Second, want: deferred},
+		"restarted just now, no interval":                     {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(-1000), now.Add(-time.Second)}}, want: due},
+		"restarted an interval ago":                           {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(-1000), now.Add(-10 * time.Second)}}, interval: 10 * time.Second, want: due},
+		"restarted at an unknown time":                        {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{at: own(-1000)}}, interval: 10 * time.Second, want: due},
+		"restarted just now, and expired":                     {request: received(time.Hour), image: cached(2 * time.Hour), d: workload{restarted: restart{own(-1000), now}}, interval: 10 * time.Second, want: expired},
+		"restarted just now and satisfied":                    {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(0), now}}, interval: 10 * time.Second, want: satisfied},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tt.request.at = at.UnixMicro()

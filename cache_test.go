@@ -40,11 +40,11 @@ func TestNewToTheCache(t *testing.T) {
 	kube.BreakWatches()
 	w.awaitRestart("a/unseen", at)
 	w.awaitRestart("a/seen-late", at)
-	if w.cache.get("a/created-later") != nil {
+	if w.entry("a/created-later") != nil {
 		t.Error("what is gone after a relist is still in the cache")
 	}
 	kube.Delete("a/unseen")
-	eventually(t, "what is deleted leaves the cache", func() bool { return w.cache.get("a/unseen") == nil })
+	eventually(t, "what is deleted leaves the cache", func() bool { return w.entry("a/unseen") == nil })
 }
 
 // What was in the cache when the message arrived is restarted whatever the clocks
@@ -58,9 +58,9 @@ func TestCachedWhenTheMessageArrived(t *testing.T) {
 	w := startWorker(t, kube)
 	at := w.publish(apiDev)
 	eventually(t, "it was tried", func() bool { return w.patches("a/api") > 0 })
-	version := w.cache.get("a/api").resourceVersion
+	version := w.entry("a/api").resourceVersion
 	kube.Change("a/api", func(object map[string]any) { child(object, "spec")["replicas"] = int64(3) })
-	eventually(t, "the cache has the change", func() bool { return w.cache.get("a/api").resourceVersion != version })
+	eventually(t, "the cache has the change", func() bool { return w.entry("a/api").resourceVersion != version })
 	works.Store(true)
 	w.awaitRestart("a/api", at)
 }
@@ -186,7 +186,7 @@ func TestLaggingWatch(t *testing.T) {
 	}
 	eventually(t, "the watch has caught up", func() bool {
 		for i := range deployments {
-			if w.cache.get(fmt.Sprintf("a/api-%d", i)).restartedAt != last[i] {
+			if w.entry(fmt.Sprintf("a/api-%d", i)).restartedAt != last[i] {
 				return false
 			}
 		}
@@ -211,7 +211,7 @@ func TestAnswerAfterDeletion(t *testing.T) {
 				kube.Create("a/api", fake.Spec{Image: webDev})
 			}
 			for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-				if d := w.cache.get("a/api"); !anew && d == nil || anew && d != nil && d.image(webDev) != nil {
+				if d := w.entry("a/api"); !anew && d == nil || anew && d != nil && d.image(webDev) != nil {
 					break
 				}
 			}
@@ -222,7 +222,7 @@ func TestAnswerAfterDeletion(t *testing.T) {
 		w = startWorker(t, kube)
 		w.publish(apiDev)
 		eventually(t, "the patch is answered", func() bool { return w.logs.has(`"msg":"restarted"`, `"deployment":"api"`) })
-		if d := w.cache.get("a/api"); (d != nil) != anew || anew && d.image(webDev) == nil {
+		if d := w.entry("a/api"); (d != nil) != anew || anew && d.image(webDev) == nil {
 			t.Errorf("%s: the cache has %+v", name, d)
 		}
 	}
@@ -235,7 +235,7 @@ func TestListOfLowerVersions(t *testing.T) {
 	u := &unstructured.Unstructured{Object: w.kube.Object("a/api")}
 	u.SetResourceVersion("7")
 	setImage(webDev)(u.Object)
-	if err := w.cache.scopes[0].Replace([]any{newDeployment(u)}, "8"); err != nil || len(w.cache.running(webDev)) != 1 {
+	if err := w.cache.scopes[0].Replace([]any{newWorkload(kinds[0], u)}, "8"); err != nil || len(w.cache.running(webDev)) != 1 {
 		t.Errorf("it is ignored: %v", err)
 	}
 }
@@ -263,7 +263,7 @@ func TestPagedLists(t *testing.T) {
 	kube.ExpireContinue()
 	kube.BreakWatches()
 	eventually(t, "it is listed again", func() bool { return w.logs.count("deployments listed") == 2 })
-	if !all() || w.cache.get("a/api-0000") != nil || w.cache.get("a/api-x") == nil {
+	if !all() || w.entry("a/api-0000") != nil || w.entry("a/api-x") == nil {
 		t.Error("the cache is not what was listed")
 	}
 	if first != 2+3 || len(kube.Lists()) != first+2+3 {
@@ -327,7 +327,7 @@ func TestNamespacesAndSelector(t *testing.T) {
 	w.awaitRestart("b/api", at)
 	kube.BreakWatches()
 	eventually(t, "all are listed again", func() bool { return w.logs.count("deployments listed") == 6 })
-	if w.cache.get("a/api") == nil || w.cache.get("b/api") == nil {
+	if w.entry("a/api") == nil || w.entry("b/api") == nil {
 		t.Error("the list of one namespace removed what is in another")
 	}
 	w.settled()

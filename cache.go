@@ -1,0 +1,429 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"strconv"
+	"sync"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/tools/cache"
+)
+
+const (
+	listPage = 250 // workloads in one page of a list
+
+	// requestTimeout bounds one page of a list, and the start of a watch: a proxy
+	// may hold either forever.
+	requestTimeout = 30 * time.Second
+
+	// watchAge is when a watch is restarted from where it ended: one that brings
+	// nothing cannot be told from one that is stale.
+	watchAge = 2 * time.Minute
+
+	watchGrace = 5 * time.Second // without a watch, before the worker is not ready
+)
+
+// request is the newest request for an image.
+type request struct {
+	at   int64     // T
+	made time.Time // when, as far as the worker knows, on its own clock
+	// announced: its message arrived, when it was made. Otherwise it was caught up.
+	announced bool
+}
+
+// latest is when the request was made by the later of T and the worker's clock, for
+// comparisons with what other clocks have written.
+func (r request) latest() time.Time { return time.UnixMicro(max(r.at, r.made.UnixMicro())) }
+
+// requests is what the worker remembers of the ledger and of messages.
+type requests struct {
+	now func() time.Time
+
+	mu      sync.Mutex
+	byImage map[string]request
+	newest  int64
+	valkey  time.Time // Valkey's clock when it was read last
+	readAt  time.Time // the worker's clock then; zero: not yet
+}
+
+func newRequests(now func() time.Time) *requests {
+	return &requests{now: now, byImage: map[string]request{}}
+}
+
+// clock is Valkey's clock, or the worker's own until that is known.
+func (q *requests) clock() time.Time {
+	if q.readAt.IsZero() {
+		return q.now().Round(0) // the wall clock
+	}
+	return q.valkey.Add(q.now().Sub(q.readAt))
+}
+
+// earlierClock makes no request look too old, and no restart too new, because one
+// of the two clocks is ahead.
+func (q *requests) earlierClock() time.Time {
+	return time.UnixMicro(min(q.clock().UnixMicro(), q.now().UnixMicro()))
+}
+
+// tooFarAhead reports whether Valkey's clock was wrong when it gave T. Remembered,
+// it would satisfy every request for more than a day.
+func (q *requests) tooFarAhead(at int64) bool {
+	return at > q.clock().Add(ledgerAge).UnixMicro()
+}
+
+// setClock takes Valkey's clock, returns the earlier of it and the worker's own,
+// and forgets the requests that are older than age, or too far ahead.
+func (q *requests) setClock(valkey time.Time, age time.Duration) time.Time {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.valkey, q.readAt, q.newest = valkey, q.now(), 0
+	for image, r := range q.byImage {
+		if q.now().Sub(r.made) > age || q.tooFarAhead(r.at) {
+			delete(q.byImage, image)
+		} else {
+			q.newest = max(q.newest, r.at)
+		}
+	}
+	return q.earlierClock()
+}
+
+// add remembers a request if it is the newest for its image, or if its message
+// arrives after it was caught up.
+func (q *requests) add(image string, r request) (added bool, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	previous, known := q.byImage[image]
+	switch {
+	case q.tooFarAhead(r.at):
+		return false, fmt.Errorf("requestedAt %d of image %s is more than %s ahead", r.at, image, ledgerAge)
+	case r.at < previous.at || r.at == previous.at && (!r.announced || previous.announced):
+		return false, nil
+	case !known && len(q.byImage) >= 2*maxLedger: // web keeps to maxLedger
+		return false, fmt.Errorf("image %s exceeds the %d that are remembered", image, 2*maxLedger)
+	}
+	q.byImage[image] = r
+	q.newest = max(q.newest, r.at)
+	return true, nil
+}
+
+func (q *requests) get(image string) (r request, known bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	r, known = q.byImage[image]
+	return r, known
+}
+
+// next returns the T of a message that has none.
+func (q *requests) next() int64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return max(q.clock().UnixMicro(), q.newest+1)
+}
+
+// age is how long ago T was on the clock that gave it.
+func (q *requests) age(at int64) time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return max(0, q.clock().Sub(time.UnixMicro(at)))
+}
+
+func (q *requests) moment() moment {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return moment{q.now(), q.earlierClock(), q.newest}
+}
+
+// workloadCache has the workloads of all scopes, indexed by image.
+type workloadCache struct {
+	log      *slog.Logger
+	selector string // WORKER_SELECTOR
+	scopes   []*scope
+	watchAge time.Duration
+	now      func() time.Time
+	// look is called with the key of a workload that is new to the cache, was
+	// resumed, or runs another image. It must not block.
+	look func(key string)
+
+	mu    sync.Mutex // held while an entry is replaced, and for the scopes' state
+	store cache.ThreadSafeStore
+}
+
+const imageIndex = "image"
+
+// newWorkloadCache makes a scope for each kind in each of WORKER_NAMESPACES, so that
+// namespaced Roles suffice, or in all namespaces.
+func newWorkloadCache(cfg workerConfig, client dynamic.Interface, log *slog.Logger, now func() time.Time, look func(key string)) *workloadCache {
+	c := &workloadCache{log: log, selector: cfg.Selector, watchAge: watchAge, now: now, look: look}
+	c.store = cache.NewThreadSafeStore(cache.Indexers{imageIndex: func(entry any) (refs []string, err error) {
+		for _, image := range entry.(*workload).images {
+			refs = append(refs, image.ref)
+		}
+		return refs, nil
+	}}, cache.Indices{})
+	namespaces := cfg.Namespaces
+	if len(namespaces) == 0 {
+		namespaces = []string{metav1.NamespaceAll}
+	}
+	for _, k := range cfg.Kinds {
+		for _, namespace := range namespaces {
+			s := &scope{cache: c, kind: k, namespace: namespace, client: client.Resource(k.resource).Namespace(namespace)}
+			s.ListWithContextFunc, s.WatchFuncWithContext = s.list, s.watch
+			s.reflector = cache.NewReflectorWithOptions(s, nil, s, cache.ReflectorOptions{
+				Name:            "workloads",
+				TypeDescription: k.String(),
+				// The default waits up to a minute for an API server that is back. This is
+				// less than watchGrace.
+				Backoff: &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 0.5, Steps: 10, Cap: 3 * time.Second},
+			})
+			c.scopes = append(c.scopes, s)
+		}
+	}
+	return c
+}
+
+// run keeps the cache up to date until ctx is done. Its error is a scope that can never
+// be watched.
+func (c *workloadCache) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for _, s := range c.scopes {
+		s.impossible = cancel
+		wg.Go(func() { s.reflector.RunWithContext(ctx) })
+	}
+	wg.Wait()
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// ready is nil while every scope is listed and watched.
+func (c *workloadCache) ready() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.scopes {
+		if s.reflector.LastSyncResourceVersion() == "" {
+			return fmt.Errorf("%s are not listed yet", s.kind.resource.Resource)
+		}
+		if !s.watched && c.now().Sub(s.unwatched) > watchGrace {
+			return fmt.Errorf("no watch of %s is open", s.kind.resource.Resource)
+		}
+	}
+	return nil
+}
+
+// get returns the entry of a workload, nil if there is none.
+func (c *workloadCache) get(key string) *workload {
+	entry, _ := c.store.Get(key)
+	d, _ := entry.(*workload)
+	return d
+}
+
+// running returns the workloads whose pod template names the image.
+func (c *workloadCache) running(ref string) (ds []*workload) {
+	entries, _ := c.store.ByIndex(imageIndex, ref) // fails only without the index
+	for _, entry := range entries {
+		ds = append(ds, entry.(*workload))
+	}
+	return ds
+}
+
+// source is where the cache has a version of a workload from.
+type source int
+
+const (
+	fromList   source = iota
+	fromWatch         // older than an answer, perhaps
+	fromAnswer        // of the API server to the worker itself
+)
+
+// put stores a version of a workload. A watch may be behind an answer, and an
+// answer behind a watch, which may even have shown that the workload is gone.
+func (c *workloadCache) put(d *workload, from source) {
+	c.mu.Lock()
+	previous, seen := c.get(d.key()), c.now()
+	if from == fromAnswer && previous == nil || from != fromList && previous != nil && revision(previous.resourceVersion) > revision(d.resourceVersion) {
+		c.mu.Unlock()
+		return
+	}
+	if from == fromList {
+		seen = time.Time{} // nobody knows since when
+	}
+	look := d.inherit(previous, c.now(), seen)
+	c.store.Update(d.key(), d)
+	c.mu.Unlock()
+	if look {
+		c.look(d.key())
+	}
+}
+
+// reached returns the version that the whole cache has reached, 0 before it is listed.
+func (c *workloadCache) reached() uint64 {
+	oldest := uint64(math.MaxUint64)
+	for _, s := range c.scopes {
+		oldest = min(oldest, revision(s.reflector.LastSyncResourceVersion()))
+	}
+	return oldest
+}
+
+// revision is a resourceVersion as a number, 0 for one that is none.
+// https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions
+func revision(resourceVersion string) uint64 {
+	n, _ := strconv.ParseUint(resourceVersion, 10, 64)
+	return n
+}
+
+// scope is what one reflector lists, watches and stores: a kind in one namespace, or all.
+type scope struct {
+	cache.ListWatch
+	cache      *workloadCache
+	kind       *kind
+	namespace  string // "" for all
+	client     dynamic.ResourceInterface
+	reflector  *cache.Reflector
+	impossible context.CancelCauseFunc // ends the cache's run
+	watched    bool                    // a watch is open
+	unwatched  time.Time               // when the last one ended, or the present one began; zero: never
+}
+
+// IsWatchListSemanticsUnSupported keeps the reflector from streaming lists: those
+// would bring whole objects into its memory.
+func (s *scope) IsWatchListSemanticsUnSupported() bool { return true }
+
+// list reads all pages and returns one complete list of entries. It ignores the
+// options: the reflector would list without a limit after a 410, and its pager
+// would take the rest in one piece when a continue token expires. Here an expired
+// token is an error, and the reflector begins again.
+func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object, error) {
+	entries := &metav1.List{}
+	o := metav1.ListOptions{LabelSelector: s.cache.selector, Limit: listPage}
+	for {
+		pageCtx, cancel := context.WithTimeout(ctx, requestTimeout)
+		page, err := s.client.List(pageCtx, o)
+		cancel()
+		if err != nil {
+			return nil, s.checkPossible("list", err)
+		}
+		for i := range page.Items {
+			entries.Items = append(entries.Items, runtime.RawExtension{Object: newWorkload(s.kind, &page.Items[i])})
+		}
+		entries.ResourceVersion = page.GetResourceVersion()
+		if o.Continue = page.GetContinue(); o.Continue == "" {
+			return entries, nil
+		}
+	}
+}
+
+// watch starts a watch that ends after watchAge. Stopped without an error, the
+// reflector goes on from the last resourceVersion.
+func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+	o.LabelSelector = s.cache.selector
+	ctx, cancel := context.WithCancel(ctx)
+	overdue := time.AfterFunc(requestTimeout, cancel)
+	stream, err := s.client.Watch(ctx, o)
+	overdue.Stop()
+	if err != nil {
+		cancel()
+		return nil, s.checkPossible("watch", err)
+	}
+	s.setWatched(true)
+	watchesStarted.Inc()
+	age := time.AfterFunc(s.cache.watchAge, stream.Stop)
+	return agedWatch{stream, func() {
+		age.Stop()
+		s.setWatched(false)
+		cancel()
+	}}, nil
+}
+
+// agedWatch releases what a watch holds when the reflector stops it, as it does
+// with every watch.
+type agedWatch struct {
+	watch.Interface
+	release func()
+}
+
+func (w agedWatch) Stop() {
+	w.Interface.Stop()
+	w.release()
+}
+
+func (s *scope) setWatched(open bool) {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	s.watched, s.unwatched = open, s.cache.now()
+}
+
+// checkPossible ends run if a scope that was never watched is forbidden or unknown: only
+// an operator can fix that. Later a Role that is being replaced may be missing for a
+// moment, and the reflector tries again.
+func (s *scope) checkPossible(verb string, err error) error {
+	switch where := cmp.Or(s.namespace, "all namespaces"); {
+	case apierrors.IsForbidden(err):
+		err = fmt.Errorf("RBAC forbids to %s %s in %s; grant it, or change WORKER_NAMESPACES or WORKER_KINDS: %w", verb, s.kind, where, err)
+	case apierrors.IsNotFound(err):
+		err = fmt.Errorf("the cluster does not know %s; install its definition, or change WORKER_KINDS: %w", s.kind, err)
+	default:
+		return err
+	}
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	if s.unwatched.IsZero() {
+		s.impossible(err)
+	}
+	return err
+}
+
+// Add, Update, Delete, Replace and Resync are cache.ReflectorStore. The dynamic
+// client's watches bring nothing but unstructured objects.
+
+func (s *scope) Add(object any) error { return s.Update(object) }
+
+func (s *scope) Update(object any) error {
+	watchEventAt.Set(float64(s.cache.now().Unix()))
+	s.cache.put(newWorkload(s.kind, object.(*unstructured.Unstructured)), fromWatch)
+	return nil
+}
+
+func (s *scope) Delete(object any) error {
+	watchEventAt.Set(float64(s.cache.now().Unix()))
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	s.cache.store.Delete(newWorkload(s.kind, object.(*unstructured.Unstructured)).key())
+	return nil
+}
+
+// Replace takes a complete list: what is not in it is gone.
+func (s *scope) Replace(items []any, _ string) error {
+	c := s.cache
+	listed := make(map[string]bool, len(items))
+	for _, item := range items {
+		d := item.(*workload) // made by list
+		listed[d.key()] = true
+		c.put(d, fromList)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, entry := range c.store.List() {
+		d := entry.(*workload)
+		if d.kind == s.kind && (s.namespace == "" || s.namespace == d.namespace) && !listed[d.key()] {
+			c.store.Delete(d.key())
+		}
+	}
+	c.log.Info(s.kind.resource.Resource+" listed", "namespace", s.namespace, "count", len(items))
+	return nil
+}
+
+func (s *scope) Resync() error { return nil }

@@ -1,0 +1,334 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// kind is a kind of workload that the worker can restart. Nothing else knows in what
+// they differ. The pod template is at spec.template in all of them.
+type kind struct {
+	name        string
+	resource    schema.GroupVersionResource
+	restartedAt []string // path of the field that a restart sets to T
+	unit        int64    // T is rounded up to a multiple of so many microseconds
+	// rollout is the state of an object whose status is of its present generation.
+	rollout func(object map[string]any) rolloutState
+}
+
+// restartedAtAnnotation is what `kubectl rollout restart` sets too.
+const restartedAtAnnotation = "kubectl.kubernetes.io/restartedAt"
+
+var (
+	podAnnotation = []string{"spec", "template", "metadata", "annotations", restartedAtAnnotation}
+	apps          = schema.GroupVersion{Group: "apps", Version: "v1"}
+	argo          = schema.GroupVersion{Group: "argoproj.io", Version: "v1alpha1"}
+
+	kinds = []*kind{
+		{"Deployment", apps.WithResource("deployments"), podAnnotation, 1, deploymentRollout},
+		{"StatefulSet", apps.WithResource("statefulsets"), podAnnotation, 1, statefulSetRollout},
+		{"DaemonSet", apps.WithResource("daemonsets"), podAnnotation, 1, daemonSetRollout},
+		// Argo compares restartAt with when pods were created, which is in whole seconds.
+		{"Rollout", argo.WithResource("rollouts"), []string{"spec", "restartAt"}, time.Second.Microseconds(), argoRollout},
+	}
+)
+
+func kindNames() (names []string) {
+	for _, k := range kinds {
+		names = append(names, k.name)
+	}
+	return names
+}
+
+// String is the kind's name in WORKER_KINDS.
+func (k *kind) String() string { return k.resource.GroupResource().String() }
+
+// attribute is what log lines call the name of a workload.
+func (k *kind) attribute() string { return strings.ToLower(k.name) }
+
+// value is what a restart for T sets.
+func (k *kind) value(at int64) string { return formatTime((at + k.unit - 1) / k.unit * k.unit) }
+
+// patch returns a JSON merge patch that sets the value, with preconditions.
+func (k *kind) patch(value string, preconditions map[string]string) []byte {
+	var body any = value
+	for _, name := range slices.Backward(k.restartedAt) {
+		body = map[string]any{name: body}
+	}
+	body.(map[string]any)["metadata"] = preconditions
+	text, _ := json.Marshal(body) // strings always can be
+	return text
+}
+
+// The first three follow `kubectl rollout status`. Only Deployments have a deadline.
+
+func deploymentRollout(object map[string]any) rolloutState {
+	for _, condition := range children(child(object, "status"), "conditions") {
+		if condition["type"] == "Progressing" && condition["reason"] == "ProgressDeadlineExceeded" {
+			return failed
+		}
+	}
+	updated := number(object, "status", "updatedReplicas")
+	return completeIf(updated >= number(object, "spec", "replicas") && number(object, "status", "replicas") <= updated &&
+		number(object, "status", "availableReplicas") >= updated)
+}
+
+func statefulSetRollout(object map[string]any) rolloutState {
+	replicas := number(object, "spec", "replicas")
+	updating := replicas - number(object, "spec", "updateStrategy", "rollingUpdate", "partition")
+	return completeIf(number(object, "status", "readyReplicas") >= replicas && number(object, "status", "updatedReplicas") >= updating)
+}
+
+func daemonSetRollout(object map[string]any) rolloutState {
+	desired := number(object, "status", "desiredNumberScheduled")
+	return completeIf(number(object, "status", "updatedNumberScheduled") >= desired && number(object, "status", "numberAvailable") >= desired)
+}
+
+// https://argo-rollouts.readthedocs.io/en/stable/features/restart/
+func argoRollout(object map[string]any) rolloutState {
+	at := func(path ...string) time.Time {
+		text, _, _ := unstructured.NestedString(object, path...)
+		t, _ := time.Parse(time.RFC3339, text)
+		return t
+	}
+	phase := child(object, "status")["phase"]
+	if phase == "Degraded" {
+		return failed
+	}
+	return completeIf(phase == "Healthy" && !at("status", "restartedAt").Before(at("spec", "restartAt")))
+}
+
+func completeIf(done bool) rolloutState {
+	if done {
+		return complete
+	}
+	return progressing
+}
+
+func number(object map[string]any, path ...string) int64 {
+	n, _, _ := unstructured.NestedInt64(object, path...)
+	return n
+}
+
+// workload is an entry of the cache. It never changes; a newer one replaces it.
+type workload struct {
+	kind            *kind
+	namespace, name string
+	uid             types.UID
+	resourceVersion string
+	created         time.Time // on the API server's clock, as is updated
+	updated         time.Time // newest change by a manager of the pod template's spec
+	deleting        bool
+	paused          bool
+	onDelete        bool   // the update strategy restarts no pod by itself
+	restartedAt     string // the value of the kind's field
+	images          []usedImage
+	rollout         rolloutState // complete, progressing or failed
+	restarted       restart      // the newest that was made or seen; GitOps tools reset the field
+}
+
+// restart is a value of restartedAt.
+type restart struct {
+	at    string
+	since time.Time // on the worker's clock; zero if unknown, as after a list
+}
+
+// usedImage is an image that a pod template names, once however often it does.
+type usedImage struct {
+	ref        string // canonical
+	pinned     bool   // each use has a digest
+	pullPolicy string // one that lets nodes keep a cached image, if a use has one
+	// cachedAt is when the cache first had the image here, on the worker's clock.
+	cachedAt time.Time
+	// addedAt is when the workload was created with the image or set to it, on the API
+	// server's clock and less the tolerance.
+	addedAt time.Time
+}
+
+// Valkey's clock and the API server's may differ. A workload counts as created, or as
+// set to an image, after a request only if it was so by more than these.
+const (
+	createdTolerance = time.Minute
+	updatedTolerance = 10 * time.Second
+)
+
+// GetObjectKind and DeepCopyObject let a list for the reflector carry entries.
+func (d *workload) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
+
+func (d *workload) DeepCopyObject() runtime.Object { return d } // it never changes
+
+func (d *workload) key() string { return d.kind.name + "/" + d.namespace + "/" + d.name }
+
+// image returns what the workload says about an image, nil if it is not there.
+func (d *workload) image(ref string) *usedImage {
+	if i := slices.IndexFunc(d.images, func(image usedImage) bool { return image.ref == ref }); i >= 0 {
+		return &d.images[i]
+	}
+	return nil
+}
+
+// newWorkload takes from an object what the worker needs.
+func newWorkload(k *kind, u *unstructured.Unstructured) *workload {
+	d := &workload{
+		kind:            k,
+		namespace:       u.GetNamespace(),
+		name:            u.GetName(),
+		uid:             u.GetUID(),
+		resourceVersion: u.GetResourceVersion(),
+		created:         u.GetCreationTimestamp().Time,
+		deleting:        u.GetDeletionTimestamp() != nil,
+		rollout:         progressing,
+	}
+	for _, entry := range children(child(u.Object, "metadata"), "managedFields") {
+		_, pods, _ := unstructured.NestedFieldNoCopy(entry, "fieldsV1", "f:spec", "f:template", "f:spec")
+		text, _ := entry["time"].(string)
+		if at, err := time.Parse(time.RFC3339, text); err == nil && pods && at.After(d.updated) {
+			d.updated = at
+		}
+	}
+	spec := child(u.Object, "spec")
+	d.paused, _ = spec["paused"].(bool)
+	d.onDelete = child(spec, "updateStrategy")["type"] == "OnDelete"
+	d.restartedAt, _, _ = unstructured.NestedString(u.Object, k.restartedAt...)
+	d.restarted.at = d.restartedAt
+	// Argo Rollouts writes it as a string.
+	observed, _ := strconv.ParseInt(fmt.Sprint(child(u.Object, "status")["observedGeneration"]), 10, 64)
+	if observed >= u.GetGeneration() {
+		d.rollout = k.rollout(u.Object)
+	}
+	podImages(child(child(spec, "template"), "spec"), d.use)
+	return d
+}
+
+// use adds an image field of the pod template.
+func (d *workload) use(field, pullPolicy any) {
+	text, _ := field.(string)
+	ref, pinned, ok := parseContainerImage(text)
+	if !ok {
+		return
+	}
+	image := d.image(ref)
+	if image == nil {
+		d.images = append(d.images, usedImage{ref: ref, pinned: true})
+		image = &d.images[len(d.images)-1]
+	}
+	image.pinned = image.pinned && pinned
+	if !pinned && pullPolicy != "Always" {
+		image.pullPolicy, _ = pullPolicy.(string)
+	}
+}
+
+// inherit completes an entry with what the cache knows from the one it replaces,
+// nil if there is none. seen is when a restart that is new in it was seen. It
+// reports whether the worker has to look at the workload.
+func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) {
+	if previous == nil || previous.uid != d.uid {
+		for i := range d.images {
+			d.images[i].cachedAt, d.images[i].addedAt = now, d.created.Add(-createdTolerance)
+		}
+		return true
+	}
+	look = previous.paused && !d.paused
+	for i := range d.images {
+		image := &d.images[i]
+		if before := previous.image(image.ref); before != nil && before.pinned == image.pinned {
+			image.cachedAt, image.addedAt = before.cachedAt, before.addedAt
+			continue
+		}
+		image.cachedAt, image.addedAt = now, d.updated.Add(-updatedTolerance)
+		look = true
+	}
+	d.restarted = previous.restarted
+	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.restarted.at {
+		d.restarted = restart{max(d.restartedAt, d.restarted.at), seen}
+	}
+	return look
+}
+
+// verdict is what a request means for a workload.
+type verdict int
+
+const (
+	satisfied verdict = iota
+	expired           // the request is too old
+	skipped           // there is nothing to restart
+	deferred          // not now
+	due               // restart
+)
+
+// Reasons against a restart, for logs, reports and metrics.
+const (
+	pinnedReason   = "pinned by digest"
+	expiredReason  = "expired"
+	deletedReason  = "being deleted"
+	onDeleteReason = "the update strategy is OnDelete"
+	dryRunReason   = "would restart"
+	pausedReason   = "paused"
+	intervalReason = "restarted less than WORKER_RESTART_INTERVAL ago"
+	paceReason     = "waiting for WORKER_RESTARTS_PER_MINUTE"
+)
+
+// moment is the time of a decision.
+type moment struct {
+	now    time.Time // the worker's monotonic clock
+	clock  time.Time // the earlier of Valkey's clock and the worker's own
+	newest int64     // the newest T known
+}
+
+// decision is a verdict with the request that leads to it.
+type decision struct {
+	verdict verdict
+	reason  string        // for the log
+	wait    time.Duration // if deferred: when to look again
+	image   usedImage
+	request request
+}
+
+// rules are the bounds of the decision.
+type rules struct {
+	window   time.Duration // how long a request counts
+	interval time.Duration // WORKER_RESTART_INTERVAL
+}
+
+// decide is the one rule for messages, catch-up and retries alike.
+func (b rules) decide(d *workload, image usedImage, r request, m moment) decision {
+	next := decision{verdict: due, image: image, request: r}
+	age, interval := m.now.Sub(r.made), m.now.Sub(d.restarted.since)
+	switch {
+	case m.proves(d.restartedAt, r), m.proves(d.restarted.at, r):
+		next.verdict = satisfied
+	case !(r.announced && image.cachedAt.Before(r.made)) && image.addedAt.After(r.latest()):
+		next.verdict = satisfied // its pods came after the request
+	case age >= b.window:
+		next.verdict, next.reason = expired, expiredReason
+	case d.deleting:
+		next.verdict, next.reason = skipped, deletedReason
+	case d.onDelete:
+		next.verdict, next.reason = skipped, onDeleteReason
+	case d.paused: // being resumed leads to a look; this one is for the log
+		next.verdict, next.reason, next.wait = deferred, pausedReason, b.window-age
+	case interval < b.interval: // never if since is unknown
+		next.verdict, next.reason, next.wait = deferred, intervalReason, b.interval-interval
+	}
+	return next
+}
+
+// proves reports whether a restartedAt shows a restart for a request or later. One
+// from the future proves nothing; in the worker's own form it may be a T that
+// another worker knows already. Any other form comes from somebody else's clock.
+func (m moment) proves(restartedAt string, r request) bool {
+	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
+		return own.UnixMicro() >= r.at && own.UnixMicro() <= max(m.clock.Add(restartedAtLead).UnixMicro(), m.newest)
+	}
+	other, err := time.Parse(time.RFC3339, restartedAt)
+	return err == nil && !other.Before(r.latest()) && !other.After(m.clock)
+}
