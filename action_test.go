@@ -149,7 +149,7 @@ func TestAction(t *testing.T) {
 				"s complete: 1 matched, 1 restarted, 1 complete, 0 failed|::warning::nodes may keep|1 IfNotPresent"},
 		"failed": {run: "ProgressDeadlineExceeded", posts: 1, gets: 2, state: "failed",
 			output: "progressing: |s failed: |" + ended + "ghcr.io/acme/failed:dev failed: 1 matched, 1 restarted, 0 complete, 1 failed"},
-		"unmatched": {posts: 1, gets: 1, state: "unmatched", output: "s unmatched: 0 matched|::error::no Deployment runs ghcr.io/acme/unmatched:dev"},
+		"unmatched": {posts: 1, gets: 1, state: "unmatched", output: "s unmatched: 0 matched|::error::nothing that runs ghcr.io/acme/unmatched:dev is restarted"},
 		"ignored": {with: m{"image": "ghcr.io/acme/ignored", "tags": "one,two", "fail-on-unmatched": "false"}, posts: 1, gets: 1,
 			state: "unmatched", output: "s unmatched: 0 matched"},
 		"time-out": {with: m{"wait": "2s"}, run: "ReplicaSetUpdated", posts: 1, gets: 1, state: "progressing",

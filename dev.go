@@ -256,7 +256,9 @@ func (p *devPair) environment(getenv func(string) string, webAddr string) func(s
 		"GITHUB_OIDC_ISSUER": p.issuer.URL, "WEB_LISTEN_ADDR": webAddr,
 	}
 	if p.kube != nil {
-		fixed["WORKER_NAMESPACES"], fixed["WORKER_SELECTOR"] = "", ""
+		for _, name := range []string{"WORKER_NAMESPACES", "WORKER_SELECTOR", "WORKER_KINDS", "WORKER_DRY_RUN"} {
+			fixed[name] = ""
+		}
 	}
 	return func(name string) string {
 		if value, ok := fixed[name]; ok {

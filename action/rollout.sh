@@ -7,7 +7,7 @@
 # IMAGE              the image with its tag, or without one if TAGS is given
 # TAGS               tags, or references with them, separated by commas, spaces or lines
 # WAIT               how long to follow, such as 300s or 5m (default); 0 ends when the request is accepted
-# FAIL_ON_UNMATCHED  true (default) or false: whether it is an error that no Deployment runs the image
+# FAIL_ON_UNMATCHED  true (default) or false: whether it is an error that nothing is restarted
 set -euo pipefail
 LC_ALL=C # [:print:] is ASCII
 
@@ -177,10 +177,10 @@ output state "$state"
 follow
 output state "$state"
 [ -z "$report" ] || { output report "$(jq -c . <<<"$report")" && { summarize || true; }; }
-[ -z "$warnings" ] || annotate warning "nodes may keep an old image, because of the imagePullPolicy of Deployments: $warnings"
+[ -z "$warnings" ] || annotate warning "nodes may keep an old image, because of their imagePullPolicy: $warnings"
 case $state in
   complete) ;;
-  unmatched) [ "$FAIL_ON_UNMATCHED" = false ] || fail "no Deployment runs $images: ${outcome#*: } (requestId $id)" ;;
-  failed) fail "the rollout of $images $outcome; the worker's log names the Deployments (requestId $id)" ;;
+  unmatched) [ "$FAIL_ON_UNMATCHED" = false ] || fail "nothing that runs $images is restarted: ${outcome#*: } (requestId $id)" ;;
+  failed) fail "the rollout of $images $outcome; the worker's log names what failed (requestId $id)" ;;
   *) fail "the rollout of $images did not end within $WAIT, its state is ${outcome:-unknown, $problem} (requestId $id)" ;;
 esac
