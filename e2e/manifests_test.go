@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -145,49 +147,94 @@ func TestManifestsApply(t *testing.T) {
 	fmt.Printf("%s: %d objects applied twice, the second time without a change\n", t.Name(), len(objects))
 }
 
-// TestKubectlApply runs the README's commands on an empty cluster. One apply makes
-// everything, and the next says that nothing changed.
+// TestKubectlApply runs the commands of the README with the files of a release, and
+// those of docs/install.md with a clone, on an empty cluster each. They make
+// everything, and the next time kubectl says that nothing changed.
 func TestKubectlApply(t *testing.T) {
 	t.Parallel()
-	c := startCluster(t)
-	readme, err := os.ReadFile("../README.md")
-	if err != nil {
+	_, assets := releaseAssets(t, "acme/kuberollouttrigger", "v1.0.0")
+	server := httptest.NewServer(http.FileServer(http.Dir(assets)))
+	t.Cleanup(server.Close)
+	edited := t.TempDir()
+	config := strings.ReplaceAll(readText(t, assets+"/config.yaml"), "REPLACE_ME", "acme")
+	if err := os.WriteFile(edited+"/config.yaml", []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	commands := regexp.MustCompile(`(?m)^ +(kubectl .*)$`).FindAllStringSubmatch(string(readme), -1)
-	if len(commands) != 3 || commands[2][1] != "kubectl apply -f k8s/" {
-		t.Fatalf("the README's commands for a cluster: %q", commands)
+	const latest = "https://github.com/acme/kuberollouttrigger/releases/latest/download/"
+	_, apply, _ := strings.Cut(readText(t, "../docs/install.md"), "\n## Apply\n")
+	apply, _, _ = strings.Cut(apply, "\n```\n")
+	for name, from := range map[string]struct {
+		text, dir string
+		objects   []*unstructured.Unstructured
+		want      []string // where the commands to apply begin
+	}{
+		"release": {strings.ReplaceAll(readText(t, "../README.md"), latest, server.URL+"/"), edited, readManifests(t, assets+"/*.yaml"),
+			[]string{"apply -f " + server.URL + "/kuberollouttrigger.yaml", "apply -f config.yaml", "apply -f k8s/"}},
+		"clone": {apply, "..", readManifests(t, "../k8s/*.yaml"), []string{"apply -f k8s/00-namespace.yaml", "apply -f k8s/"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var applies []string
+			secret := ""
+			for _, m := range regexp.MustCompile(`(?m)^ *kubectl (.*)$`).FindAllStringSubmatch(from.text, -1) {
+				switch {
+				case strings.HasPrefix(m[1], "apply "):
+					applies = append(applies, m[1])
+				case strings.Contains(m[1], " create secret "):
+					secret = m[1]
+				}
+			}
+			if !slices.Equal(applies, from.want) || secret == "" {
+				t.Fatalf("the commands are %q and %q", applies, secret)
+			}
+			startCluster(t).mustApplyTwice(t, from.dir, slices.DeleteFunc(applies, func(apply string) bool {
+				return name == "release" && apply == "apply -f k8s/"
+			}), secret, from.objects)
+		})
 	}
+}
+
+// mustApplyTwice runs the arguments of kubectl in a folder: the first one, the one that
+// makes the Secret, the others, and then all that apply once more.
+func (c cluster) mustApplyTwice(t testing.TB, dir string, applies []string, secret string, objects []*unstructured.Unstructured) {
+	t.Helper()
 	env := []string{"PATH=" + c.bin + ":" + os.Getenv("PATH"), "HOME=" + t.TempDir(),
 		"KUBECONFIG=" + user{name: "admin", token: adminToken}.kubeconfig(t, c.url)}
-	run := func(command string) (lines []string) {
-		cmd := exec.Command("bash", "-euc", command)
-		cmd.Dir, cmd.Env = "..", env
+	run := func(arguments string) (lines []string) {
+		t.Helper()
+		cmd := exec.Command("bash", "-euc", "kubectl "+arguments)
+		cmd.Dir, cmd.Env = dir, env
 		out, err := cmd.CombinedOutput()
 		if err != nil {
-			t.Fatalf("%s: %v\n%s", command, err, out)
+			t.Fatalf("kubectl %s: %v\n%s", arguments, err, out)
 		}
 		return strings.Split(strings.TrimSpace(string(out)), "\n")
 	}
-	run(commands[0][1])
-	run(commands[1][1])
-	objects := readManifests(t, "../k8s/*.yaml")
 	versions := map[string][]string{}
 	for _, want := range []string{" created", " unchanged"} {
-		lines := run(commands[2][1])
-		if len(lines) != len(objects) {
-			t.Errorf("%d lines for %d objects:\n%s", len(lines), len(objects), strings.Join(lines, "\n"))
+		lines := run(applies[0])
+		if want == " created" {
+			run(secret)
 		}
+		for _, apply := range applies[1:] {
+			lines = append(lines, run(apply)...)
+		}
+		seen := map[string]bool{}
 		for _, line := range lines {
+			name, verdict, _ := strings.Cut(line, " ")
 			switch {
-			case strings.HasSuffix(line, want):
-			case line == "namespace/"+home+" unchanged": // the first command made it
-			case strings.HasPrefix(line, "poddisruptionbudget.policy/") && strings.HasSuffix(line, " configured"):
+			case " "+verdict == want:
+			case line == "namespace/"+home+" unchanged": // an earlier command made it
+			case strings.HasPrefix(name, "poddisruptionbudget.policy/") && verdict == "configured":
 				// kubectl always sends its selector, whose merge strategy is to be
 				// replaced, and calls that configured.
 			default:
 				t.Errorf("kubectl says %q, want%s", line, want)
 			}
+			seen[name] = true
+		}
+		if len(seen) != len(objects) {
+			t.Errorf("%d of %d objects:\n%s", len(seen), len(objects), strings.Join(lines, "\n"))
 		}
 		for _, object := range objects {
 			got, err := c.admin.Resource(resourceOf(object)).Namespace(object.GetNamespace()).Get(t.Context(), object.GetName(), metav1.GetOptions{})

@@ -15,7 +15,7 @@ import (
 )
 
 // These tests run what .github/ does on GitHub, with stand-ins for docker, cosign and
-// gh.
+// gh, and what the documentation says about a release.
 
 // workflow is what the tests read of a file in .github/workflows/.
 type workflow struct {
@@ -108,6 +108,11 @@ func TestReleaseWorkflows(t *testing.T) {
 	}
 	if asJSON(release.On["push"]) != `{"tags":["v[0-9]+.[0-9]+.[0-9]+*"]}` || len(release.On) != 1 {
 		t.Errorf("release.yaml runs on %v", release.On)
+	}
+	// The documented command expects the identity of the workflow that signs.
+	identity := regexp.MustCompile(`--certificate-identity (\S+)`).FindStringSubmatch(readText(t, "../docs/install.md"))
+	if len(identity) != 2 || identity[1] != "https://github.com/acme/kuberollouttrigger/.github/workflows/release.yaml@refs/tags/v1.0.0" {
+		t.Errorf("docs/install.md has the identity %q", identity)
 	}
 }
 
