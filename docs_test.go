@@ -127,7 +127,7 @@ func TestDocsVariables(t *testing.T) {
 func TestDocsLinks(t *testing.T) {
 	linkRE, headingRE := regexp.MustCompile(`\]\(([^)\s]+)\)`), regexp.MustCompile(`(?m)^#+ (.+)$`)
 	punctuationRE := regexp.MustCompile(`[^\pL\pN _-]`)
-	names, anchors := docNames(t, "README.md", "docs/*.md"), map[string]bool{}
+	names, anchors := docNames(t, "README.md", "SECURITY.md", "CHANGELOG.md", "docs/*.md"), map[string]bool{}
 	for _, name := range names {
 		for _, m := range headingRE.FindAllStringSubmatch(fenceRE.ReplaceAllString(readDoc(t, name), ""), -1) {
 			anchors[name+"#"+strings.ReplaceAll(punctuationRE.ReplaceAllString(strings.ToLower(m[1]), ""), " ", "-")] = true
