@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -23,17 +22,12 @@ const (
 // message is what web publishes on the PubSub channel: the image that was
 // requested, and when. Nothing else ever travels there.
 type message struct {
-	// Image is a canonical reference with a tag, such as
-	// docker.io/library/nginx:latest.
-	Image string `json:"image"`
-	// RequestedAt is T: microseconds since 1970 on the logical clock of the
-	// ledger. 0 means now.
-	RequestedAt int64 `json:"requestedAt"`
+	Image       string `json:"image"`       // canonical, with a tag, such as docker.io/library/nginx:latest
+	RequestedAt int64  `json:"requestedAt"` // T: microseconds since 1970 on the ledger's logical clock; 0 means now
 }
 
-// parseRequest reads the body of POST /event and returns the canonical references
-// that it names, without repetitions. Its errors are for the job: one line that
-// says what is wrong and how to fix it.
+// parseRequest reads the body of POST /event and returns the canonical references that
+// it names, without repetitions. Its errors tell the job in one line what to fix.
 func parseRequest(body []byte) ([]string, error) {
 	var req struct {
 		Image string          `json:"image"`
@@ -55,7 +49,7 @@ func parseRequest(body []byte) ([]string, error) {
 	if err := unmarshalStrict(req.Tags, &tags); err != nil || len(tags) == 0 || len(tags) > maxTags {
 		return nil, fmt.Errorf("tags must be a list of 1 to %d strings", maxTags)
 	}
-	named, err := parseNamed(req.Image)
+	named, err := parseReference(req.Image)
 	if err != nil {
 		return nil, err
 	}
@@ -75,11 +69,9 @@ func parseRequest(body []byte) ([]string, error) {
 	return images, nil
 }
 
-// parseMessage reads a message of the PubSub channel. The worker trusts Valkey no
-// more than web trusts the internet, so it parses as strictly. The image that it
-// returns is canonical.
-func parseMessage(text []byte) (message, error) {
-	var m message
+// parseMessage reads a message of the PubSub channel as strictly as a request, because
+// the worker trusts Valkey no more than web trusts the internet.
+func parseMessage(text []byte) (m message, err error) {
 	if len(text) > maxMessageBytes {
 		return m, fmt.Errorf("message of %d bytes, expected at most %d", len(text), maxMessageBytes)
 	}
@@ -89,7 +81,6 @@ func parseMessage(text []byte) (message, error) {
 	if m.RequestedAt < 0 {
 		return m, fmt.Errorf("requestedAt %d is before 1970", m.RequestedAt)
 	}
-	var err error
 	m.Image, err = parseImage(m.Image)
 	return m, err
 }
@@ -115,53 +106,40 @@ func unmarshalStrict(data []byte, v any) error {
 
 // parseImage returns the canonical form of a reference that names a tag.
 func parseImage(s string) (string, error) {
-	named, err := parseNamed(s)
+	named, err := parseReference(s)
 	if err != nil {
 		return "", err
 	}
-	if _, ok := named.(reference.Tagged); !ok {
+	if _, ok := named.(reference.Digested); ok {
+		return "", fmt.Errorf("image \"%s\" has a digest: what a digest names cannot change, so there is nothing to restart for; give the tag alone", sanitize(s))
+	}
+	if reference.IsNameOnly(named) {
 		return "", fmt.Errorf("image \"%s\" has no tag; name the tag that was pushed, such as %s:dev", sanitize(s), named.Name())
 	}
 	return named.String(), nil
 }
 
-// parseNamed parses a reference by the grammar that Kubernetes uses, and refuses
-// digests.
-func parseNamed(s string) (reference.Named, error) {
-	named, err := parseReference(s)
-	if err != nil {
-		return nil, fmt.Errorf("image \"%s\" is not a valid reference; expected registry/name:tag, the name in lower case, such as ghcr.io/acme/api:dev", sanitize(s))
-	}
-	if _, ok := named.(reference.Digested); ok {
-		return nil, fmt.Errorf("image \"%s\" has a digest: what a digest names cannot change, so there is nothing to restart for; give the tag alone", sanitize(s))
-	}
-	return named, nil
-}
-
-// parseReference bounds the time that a reference takes: a mebibyte takes half a
-// second. The longest that is valid has fewer than maxMessageBytes.
+// parseReference parses by the grammar that Kubernetes uses. A mebibyte would take half
+// a second; the longest valid reference has fewer than maxMessageBytes.
 func parseReference(s string) (reference.Named, error) {
-	if len(s) > maxMessageBytes {
-		return nil, reference.ErrNameTooLong
+	if len(s) <= maxMessageBytes {
+		if named, err := reference.ParseNormalizedNamed(s); err == nil {
+			return named, nil
+		}
 	}
-	return reference.ParseNormalizedNamed(s)
+	return nil, fmt.Errorf("image \"%s\" is not a valid reference; expected registry/name:tag, the name in lower case, such as ghcr.io/acme/api:dev", sanitize(s))
 }
 
-// parseContainerImage returns the canonical form of an image field of a pod
-// template, no tag meaning latest. A pinned image has a digest beside its tag, so
-// that the tag no longer matters. ok is false for what no request can name: an
-// invalid reference, or a digest without a tag.
+// parseContainerImage returns the canonical form of an image field of a pod template.
+// A digest beside the tag pins it. ok is false for what no request can name.
 func parseContainerImage(image string) (ref string, pinned, ok bool) {
-	named, err := parseReference(image)
-	if err != nil {
-		return "", false, false
+	if named, err := parseReference(image); err == nil {
+		_, pinned = named.(reference.Digested)
+		if tagged, ok := reference.TagNameOnly(named).(reference.Tagged); ok { // adds latest to a bare name
+			return named.Name() + ":" + tagged.Tag(), pinned, true
+		}
 	}
-	_, pinned = named.(reference.Digested)
-	tagged, ok := reference.TagNameOnly(named).(reference.Tagged) // adds latest to a bare name
-	if !ok {
-		return "", false, false
-	}
-	return named.Name() + ":" + tagged.Tag(), pinned, true
+	return "", false, false
 }
 
 // podImages calls use with each image field of a pod spec and its pull policy. It
@@ -197,18 +175,14 @@ func children(m map[string]any, name string) (objects []map[string]any) {
 // imagePrefixes is ALLOWED_IMAGE_PREFIX.
 type imagePrefixes []string
 
-var portRE = regexp.MustCompile(`:[0-9]+$`)
-
 // parseImagePrefixes reads a comma-separated list. A prefix begins with the
 // registry's host, so that nobody allows docker.io/acme by writing acme.
-func parseImagePrefixes(list string) (imagePrefixes, error) {
-	var prefixes imagePrefixes
+func parseImagePrefixes(list string) (prefixes imagePrefixes, err error) {
 	for item := range strings.SplitSeq(list, ",") {
 		prefix := strings.TrimSuffix(strings.TrimSpace(item), "/")
 		host, _, _ := strings.Cut(prefix, "/")
-		isHost := strings.Contains(host, ".") || portRE.MatchString(host) || host == "localhost"
-		// Completed to a reference and parsed, the prefix gets the same
-		// canonical form as the images that it is compared with.
+		isHost := strings.ContainsAny(host, ".:") || host == "localhost"
+		// Completed to a reference, the prefix gets the canonical form of the images.
 		named, err := reference.ParseNormalizedNamed(prefix + "/x/y")
 		if !isHost || err != nil || !reference.IsNameOnly(named) {
 			return nil, errors.New("expected image prefixes that begin with the registry's host, in lower case and without a tag, such as ghcr.io/acme")
@@ -222,8 +196,7 @@ func parseImagePrefixes(list string) (imagePrefixes, error) {
 // never ghcr.io/acme-evil/api:dev.
 func (p imagePrefixes) allows(image string) bool {
 	return slices.ContainsFunc(p, func(prefix string) bool {
-		// A prefix may be a whole repository; what then follows is the tag. A
-		// bare host is followed by a path, never by what would be its port.
+		// What follows a whole repository is the tag, but what follows a host is its port.
 		isRepository := strings.Contains(prefix, "/") && strings.HasPrefix(image, prefix+":")
 		return isRepository || strings.HasPrefix(image, prefix+"/")
 	})
