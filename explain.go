@@ -41,14 +41,12 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 	flags := flag.NewFlagSet("explain", flag.ContinueOnError)
 	flags.Func("claim", "name=value, a claim of the job; repeated for several; standard input is not read then", func(v string) error {
 		name, value, ok := strings.Cut(v, "=")
-		c[name] = value
-		if !ok {
+		if c[name] = value; !ok {
 			return errors.New("expected name=value")
 		}
 		return nil
 	})
-	const imageUsage = "image that the job asks for, with its tag; repeated or separated by commas for one request with several tags"
-	flags.Func("image", imageUsage, func(v string) (err error) {
+	flags.Func("image", "image that the job asks for, with its tag; repeated or separated by commas for several", func(v string) (err error) {
 		for s := range strings.SplitSeq(v, ",") {
 			image, wrong := parseImage(strings.TrimSpace(s))
 			images, err = append(images, image), cmp.Or(err, wrong)
@@ -79,15 +77,12 @@ func explain(args []string, getenv func(string) string, stdin io.Reader, stdout 
 // readClaims reads a token, which it only decodes, or a JSON object of claims.
 func readClaims(stdin io.Reader) (claims, error) {
 	text, err := io.ReadAll(io.LimitReader(stdin, maxExplainBytes))
-	if err != nil {
-		return nil, fmt.Errorf("reading standard input: %w", err)
-	}
 	payload := bytes.TrimSpace(text)
 	if signed, err := jose.ParseSignedCompact(string(payload), signatureAlgorithms); err == nil {
 		payload = signed.UnsafePayloadWithoutVerification()
 	}
-	c, err := decodeClaims(payload)
-	if err != nil {
+	c, wrong := decodeClaims(payload)
+	if err = cmp.Or(err, wrong); err != nil {
 		return nil, fmt.Errorf("standard input has neither a token nor a JSON object of claims: %w", err)
 	}
 	if tokenRE.MatchString(c.get("value")) {
@@ -100,22 +95,25 @@ func readClaims(stdin io.Reader) (claims, error) {
 // first denial; explain prints the rest as well.
 func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) error {
 	line := func(name, text string) { fmt.Fprintf(w, "%-13s %s\n", name, text) }
-	verdict := func(name string, denial error) {
+	verdict := func(name string, reason error) {
 		text := "yes"
-		if denial != nil {
-			text = "no: " + denial.Error()
+		if reason != nil {
+			text = "no: " + reason.Error()
 		}
 		line(name, text)
 	}
-	p := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
-	claimsDenial := checkWithoutKeys(cfg, c)
+	var claimsDenial, prefixDenial error
 	line("token", "not verified, anybody could have written these claims")
-	if claimsDenial != nil {
-		verdict("claims", claimsDenial)
+	if c["iss"] != nil { // as of iat, because by now a token has usually expired
+		iat, _ := numericDate(c, "iat")
+		v := &verifier{issuer: cfg.Issuer, audience: cmp.Or(cfg.Audience, c.get("aud")), now: func() time.Time { return iat }}
+		if claimsDenial = v.checkClaims(c); claimsDenial != nil {
+			verdict("claims", claimsDenial)
+		}
 	}
 	line("job", fmt.Sprintf("repository is %s, event_name is %s, ref is %s", c.show("repository"), c.show("event_name"), c.show("ref")))
+	p := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
 	verdict("owner", p.checkOwner(c))
-	var prefixDenial error
 	if i := slices.IndexFunc(images, func(image string) bool { return !cfg.ImagePrefixes.allows(image) }); i >= 0 {
 		prefixDenial = fmt.Errorf("%s is under none of %s", images[i], strings.Join(cfg.ImagePrefixes, ", "))
 	}
@@ -131,24 +129,13 @@ func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) er
 	return nil
 }
 
-// checkWithoutKeys makes web's checks that take no keys if the issuer is among the
-// claims. They are made as of iat, because by now a token has usually expired.
-func checkWithoutKeys(cfg *policyConfig, c claims) error {
-	if c["iss"] == nil {
-		return nil
-	}
-	iat, _ := numericDate(c, "iat")
-	v := &verifier{issuer: cfg.Issuer, audience: cmp.Or(cfg.Audience, c.get("aud")), now: func() time.Time { return iat }}
-	return v.checkClaims(c)
-}
-
 // explain says what of the rule does not match.
 func (r *rule) explain(c claims, images []string) error {
 	if unmet := r.unmetCondition(c); unmet != nil {
-		return fmt.Errorf("%s is %s, expected %s", unmet.claim, c.show(unmet.claim), joinPatterns(unmet.values))
+		return fmt.Errorf("%s is %s, expected %s", unmet.claim, c.show(unmet.claim), unmet.values.join())
 	}
 	if n := r.countAllowed(c, images); n < len(images) {
-		return fmt.Errorf("the claims match, but %s is none of %s", images[n], joinPatterns(expand(r.images, c)))
+		return fmt.Errorf("the claims match, but %s is none of %s", images[n], r.images.expand(c).join())
 	}
 	return nil
 }

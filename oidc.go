@@ -11,7 +11,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"reflect"
@@ -23,6 +22,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	josejson "github.com/go-jose/go-jose/v4/json"
+	"k8s.io/apimachinery/pkg/util/wait"
 )
 
 const (
@@ -93,44 +93,40 @@ func newVerifier(issuer, audience string, client *http.Client, log *slog.Logger,
 	return &verifier{issuer: issuer, audience: audience, client: &direct, log: log, now: now, unknownKid: make(chan struct{}, 1)}
 }
 
-// verify returns the claims of a token that is valid now. Every error except
-// errNoKeys is a denial; it is for the log and never repeats the token. Nothing in
-// the payload is read before the signature is known to be good.
+// verify returns the claims of a token that is valid now. It reads the payload only if
+// the signature is good. Its errors, denials but for errNoKeys, never repeat the token.
 func (v *verifier) verify(token string) (claims, error) {
 	switch n := strings.Count(token, ".") + 1; {
 	case len(token) > maxTokenBytes:
 		return nil, fmt.Errorf("token: %d bytes, expected at most %d", len(token), maxTokenBytes)
 	case n != 3:
 		return nil, fmt.Errorf("token: %d segments, expected 3", n)
-	case strings.Contains(token, "\r") || strings.Contains(token, "\n"): // encoding/base64 skips them
+	case strings.ContainsAny(token, "\r\n"): // encoding/base64 skips them
 		return nil, errors.New("token: has a line break")
 	}
 	segment, rest, _ := strings.Cut(token, ".")
-	h, err := v.signed.Load(), error(nil)
-	if h == nil || h.segment != segment {
-		if h, err = checkHeader(segment); err != nil {
-			return nil, err
-		}
-	}
-	set, err := v.usableKeys()
-	if err != nil {
+	h, err := v.header(segment)
+	if err = cmp.Or(err, v.ready()); err != nil {
 		return nil, err
 	}
-	key := set.byID[h.kid]
+	keys := v.keys.Load().byID
+	key := keys[h.kid]
 	if key == nil {
-		// GitHub publishes a key long before it signs with it, so a fetch in the
-		// background comes early enough.
-		select {
+		select { // a fetch in the background, because GitHub publishes a key long before it uses it
 		case v.unknownKid <- struct{}{}:
 		default:
 		}
-		return nil, fmt.Errorf("header: kid %s is none of the issuer's %d keys", sanitize(h.kid), len(set.byID))
+		return nil, fmt.Errorf("header: kid %s is none of the issuer's %d keys", sanitize(h.kid), len(keys))
 	}
-	c, err := h.open(rest, key)
+	payload, err := h.open(rest, key)
 	if err != nil {
 		return nil, err
 	}
 	v.signed.Store(h)
+	c, err := decodeClaims(payload)
+	if err != nil {
+		return nil, fmt.Errorf("payload: %w", err)
+	}
 	if err := v.checkClaims(c); err != nil {
 		return nil, err
 	}
@@ -143,14 +139,18 @@ type header struct {
 	parsed       *jose.JSONWebSignature // without payload and signature; open sets it
 }
 
-// checkHeader runs before go-jose, which parses embedded keys and certificates as well.
-func checkHeader(segment string) (*header, error) {
+// header checks the header before go-jose sees it, which parses embedded keys and
+// certificates as well.
+func (v *verifier) header(segment string) (*header, error) {
+	if h := v.signed.Load(); h != nil && h.segment == segment {
+		return h, nil
+	}
 	decoded, err := base64.RawURLEncoding.DecodeString(segment)
 	if err != nil {
 		return nil, errors.New("header: not base64url")
 	}
-	// go-jose reads the header with this decoder, which is case-sensitive and refuses
-	// duplicates. unmarshalStrict takes milliseconds if these are nested deeply.
+	// go-jose's own decoder is case-sensitive and refuses duplicates. unmarshalStrict
+	// takes milliseconds if these are nested deeply.
 	var members map[string]any
 	if !utf8.Valid(decoded) || josejson.Unmarshal(decoded, &members) != nil || members == nil {
 		return nil, errors.New("header: not a JSON object") // the error may quote the token
@@ -174,8 +174,8 @@ func checkHeader(segment string) (*header, error) {
 }
 
 // open verifies the signature of the two segments after the header, and returns the
-// claims. The parsed header is kept, because go-jose decodes it four times for each token.
-func (h *header) open(segments string, key *rsa.PublicKey) (claims, error) {
+// payload. The parsed header is kept, because go-jose decodes it four times for each token.
+func (h *header) open(segments string, key *rsa.PublicKey) ([]byte, error) {
 	first, second, _ := strings.Cut(segments, ".")
 	payload, payloadErr := base64.RawURLEncoding.DecodeString(first)
 	signature, err := base64.RawURLEncoding.DecodeString(second)
@@ -190,11 +190,7 @@ func (h *header) open(segments string, key *rsa.PublicKey) (claims, error) {
 	if signed.DetachedVerify(payload, key) != nil {
 		return nil, fmt.Errorf("signature: not made with key %s", sanitize(h.kid))
 	}
-	c, err := decodeClaims(payload)
-	if err != nil {
-		return nil, fmt.Errorf("payload: %w", err)
-	}
-	return c, nil
+	return payload, nil
 }
 
 // decodeClaims decodes a payload: one JSON object in UTF-8 (RFC 7519, section 7.2)
@@ -224,9 +220,6 @@ func (v *verifier) checkClaims(c claims) error {
 		return fmt.Errorf("claim aud is %s, expected %s", show(audience), v.audience)
 	}
 	delete(c, "aud")
-	if err := v.checkTimes(c); err != nil {
-		return err
-	}
 	for _, name := range []string{"sub", "repository_owner", "repository_id", "repository_owner_id"} {
 		if c.get(name) == "" {
 			return fmt.Errorf("claim %s is %s, expected a value", name, c.show(name))
@@ -236,7 +229,7 @@ func (v *verifier) checkClaims(c claims) error {
 	if !ok || repository == "" || strings.Contains(repository, "/") {
 		return fmt.Errorf("claim repository is %s, expected a repository of repository_owner %s", c.show("repository"), c.show("repository_owner"))
 	}
-	return nil
+	return v.checkTimes(c)
 }
 
 // checkTimes requires all three times. GitHub's tokens live for 300 s and are
@@ -282,38 +275,29 @@ func show(value any) string {
 	return cmp.Or(sanitize(fmt.Sprint(value)), "empty")
 }
 
-// usableKeys returns the last good keys for up to keyGrace.
-func (v *verifier) usableKeys() (*keySet, error) {
-	set := v.keys.Load()
-	if set == nil || v.now().Sub(set.fetched) > keyGrace {
-		return nil, errNoKeys
-	}
-	return set, nil
-}
-
-// ready is nil while tokens can be verified.
+// ready is nil while tokens can be verified. The last good keys serve for keyGrace.
 func (v *verifier) ready() error {
-	_, err := v.usableKeys()
-	return err
+	if set := v.keys.Load(); set == nil || v.now().Sub(set.fetched) > keyGrace {
+		return errNoKeys
+	}
+	return nil
 }
 
-// run fetches the keys until ctx is done: at once, then every keyRefreshInterval,
-// or sooner after an unknown kid, but not within keyFetchGap. It retries with
-// backoff while there are no keys, and every keyFetchGap once there are.
+// run fetches the keys at once and every keyRefreshInterval until ctx is done, but every
+// keyFetchGap after an unknown kid or a failure, and sooner while there are no keys yet.
 func (v *verifier) run(ctx context.Context) {
-	backoff := time.Second
+	backoff := wait.Backoff{Duration: time.Second, Factor: 2, Jitter: 0.1, Steps: 9, Cap: keyFetchGap}
 	for ctx.Err() == nil {
-		wait, refreshIn := keyFetchGap, spread(keyRefreshInterval)-keyFetchGap
+		gap, refreshIn := keyFetchGap, wait.Jitter(keyRefreshInterval, 0.1)-keyFetchGap // replicas do not fetch in step
 		if err := v.refresh(ctx); err != nil && ctx.Err() == nil {
 			keyFetches("error").Inc()
 			refreshIn = 0
 			if v.keys.Load() == nil {
-				wait = spread(backoff)
-				backoff = min(2*backoff, keyFetchGap)
+				gap = backoff.Step()
 			}
-			v.log.Warn("fetching the issuer's keys failed", "err", err, "issuer", v.issuer, "retry_in", wait)
+			v.log.Warn("fetching the issuer's keys failed", "err", err, "issuer", v.issuer, "retry_in", gap)
 		}
-		sleep(ctx, wait)
+		sleep(ctx, gap)
 		select {
 		case <-ctx.Done():
 		case <-v.unknownKid:
@@ -321,9 +305,6 @@ func (v *verifier) run(ctx context.Context) {
 		}
 	}
 }
-
-// spread varies d by a tenth, so that replicas do not fetch in step.
-func spread(d time.Duration) time.Duration { return d - d/10 + rand.N(d/5) }
 
 // refresh replaces the keys by those that the issuer publishes now: it revokes a
 // key by removing it. A set without usable keys is taken for a fault.
@@ -392,7 +373,7 @@ func (v *verifier) get(ctx context.Context, address string, into any) error {
 // (RFC 7517, section 5), and go-jose decodes a whole set or nothing.
 func parseKey(raw json.RawMessage) (kid string, key *rsa.PublicKey) {
 	var jwk jose.JSONWebKey
-	if jwk.UnmarshalJSON(raw) != nil || jwk.KeyID == "" || jwk.Use != "" && jwk.Use != "sig" || jwk.Algorithm != "" && jwk.Algorithm != string(jose.RS256) {
+	if jwk.UnmarshalJSON(raw) != nil || jwk.KeyID == "" || cmp.Or(jwk.Use, "sig") != "sig" || cmp.Or(jwk.Algorithm, "RS256") != "RS256" {
 		return "", nil
 	}
 	key, ok := jwk.Key.(*rsa.PublicKey)

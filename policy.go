@@ -13,11 +13,10 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// defaultCondition holds for a rule that does not name event_name: events that run
-// code of somebody with write access. Others may run the code of a pull request,
-// with a token that looks like main's in every other claim.
+// defaultCondition holds for a rule that names no event. Other events may run the code of
+// somebody without write access, with a token that looks like main's in every other claim.
 // https://docs.github.com/en/actions/reference/workflows-and-actions/events-that-trigger-workflows
-var defaultCondition = condition{"event_name", []pattern{
+var defaultCondition = condition{"event_name", patterns{
 	"push", "workflow_dispatch", "repository_dispatch", "release", "schedule", "registry_package", "deployment",
 }}
 
@@ -33,21 +32,20 @@ type policy struct {
 type rule struct {
 	name       string
 	conditions []condition
-	images     []pattern
+	images     patterns
 }
 
 // condition is met by a claim that matches one of the values.
 type condition struct {
 	claim  string
-	values []pattern
+	values patterns
 }
 
-// newPolicy takes GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and the rules of
-// TRUST_POLICY. Without rules, every job of those owners that runs for a default
-// event may restart every image.
+// newPolicy takes GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and TRUST_POLICY. Without
+// rules, every job that runs for a default event may restart every image.
 func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
 	if len(rules) == 0 {
-		rules = []rule{{"default rule", []condition{defaultCondition}, []pattern{"*"}}}
+		rules = []rule{{"default rule", []condition{defaultCondition}, patterns{"*"}}}
 	}
 	return &policy{owners, ownerIDs, rules}
 }
@@ -107,7 +105,7 @@ func (p *policy) checkImages(c claims, images []string) error {
 // An absent claim meets none, not even "*".
 func (r *rule) unmetCondition(c claims) *condition {
 	for _, cond := range r.conditions {
-		if value, ok := c[cond.claim].(string); !ok || !anyMatches(cond.values, value) {
+		if value, ok := c[cond.claim].(string); !ok || !cond.values.match(value) {
 			return &cond
 		}
 	}
@@ -116,18 +114,17 @@ func (r *rule) unmetCondition(c claims) *condition {
 
 // countAllowed counts the images before the first that matches no pattern.
 func (r *rule) countAllowed(c claims, images []string) int {
-	patterns := expand(r.images, c)
+	allowed := r.images.expand(c)
 	for i, image := range images {
-		if !anyMatches(patterns, image) {
+		if !allowed.match(image) {
 			return i
 		}
 	}
 	return len(images)
 }
 
-// riskyEvents can be caused without write access, checks and statuses by an app that
-// reports on forks. A pull_request needs write access to its branch, or it comes from
-// a fork and gets no id-token: write. But anybody may review one of a branch.
+// riskyEvents can be caused without write access, checks and statuses by an app that reports
+// on forks. A pull_request of a fork gets no id-token, but anybody may review one of a branch.
 var riskyEvents = []string{
 	"check_run", "check_suite", "discussion", "discussion_comment", "fork", "gollum", "issue_comment", "issues",
 	"pull_request_review", "pull_request_review_comment", "pull_request_target", "status", "watch", "workflow_run",
@@ -137,7 +134,7 @@ var riskyEvents = []string{
 func (p *policy) rulesWithRiskyEvents() (rules []string) {
 	for _, r := range p.rules {
 		for _, cond := range r.conditions {
-			events := slices.DeleteFunc(slices.Clone(riskyEvents), func(event string) bool { return !anyMatches(cond.values, event) })
+			events := slices.DeleteFunc(slices.Clone(riskyEvents), func(event string) bool { return !cond.values.match(event) })
 			if cond.claim == "event_name" && len(events) > 0 {
 				rules = append(rules, r.name+": "+strings.Join(events, ", "))
 			}
@@ -151,29 +148,18 @@ func (p *policy) describe() (lines []string) {
 	for _, r := range p.rules {
 		line := r.name + ": "
 		for _, cond := range r.conditions {
-			line += cond.claim + "=" + joinPatterns(cond.values) + " "
+			line += cond.claim + "=" + cond.values.join() + " "
 		}
-		lines = append(lines, line+"may restart "+joinPatterns(r.images))
+		lines = append(lines, line+"may restart "+r.images.join())
 	}
 	return lines
 }
 
 // trustRule is a rule of TRUST_POLICY as it is written.
 type trustRule struct {
-	Claims  map[string]patternList
-	Images  patternList
+	Claims  map[string]patterns
+	Images  patterns
 	Unknown map[string]any `yaml:",inline"`
-}
-
-// patternList is one string or a list of them.
-type patternList []pattern
-
-func (l *patternList) UnmarshalYAML(n *yaml.Node) error {
-	if n.Kind == yaml.ScalarNode {
-		*l = patternList{pattern(n.Value)}
-		return nil
-	}
-	return n.Decode((*[]pattern)(l))
 }
 
 const expectedRules = `expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`
@@ -201,12 +187,12 @@ func parseRules(text string) (rules []rule, err error) {
 	if err := list.Decode(&written); err != nil {
 		return nil, yamlError(err)
 	}
+	rules = make([]rule, len(written))
 	for i, w := range written {
-		r := rule{name: fmt.Sprintf("rule %d", i+1)}
-		if err := w.compile(&r); err != nil {
-			return nil, fmt.Errorf("%s: %w", r.name, err)
+		rules[i].name = fmt.Sprintf("rule %d", i+1)
+		if err := w.compile(&rules[i]); err != nil {
+			return nil, fmt.Errorf("%s: %w", rules[i].name, err)
 		}
-		rules = append(rules, r)
 	}
 	return rules, nil
 }
@@ -287,10 +273,9 @@ var claimForms = map[string]struct{ form, examples string }{
 	"workflow_ref":          {`@|\*$`, "owner/name/.github/workflows/file.yml@refs/heads/main"},
 }
 
-// checkClaim refuses what is not a claim name, and values that the claim can never
-// have. GitHub may add claims, and names repo_property_* after an organization's
-// properties.
-func checkClaim(name string, values []pattern) error {
+// checkClaim refuses what is not a claim name, and values that the claim can never have.
+// A name may be new: GitHub may add claims, and organizations name repo_property_*.
+func checkClaim(name string, values patterns) error {
 	known := strings.ReplaceAll(lowerASCII(name), "-", "_")
 	claim, ok := claimForms[known]
 	switch {
@@ -316,11 +301,11 @@ func checkClaim(name string, values []pattern) error {
 }
 
 // checkImagePatterns refuses what no canonical reference can match.
-func checkImagePatterns(patterns []pattern) error {
-	for i, example := range expand(patterns, placeholders) {
+func checkImagePatterns(images patterns) error {
+	for i, example := range images.expand(placeholders) {
 		if !imageRE.MatchString(string(example)) || familiarRE.MatchString(string(example)) {
 			return fmt.Errorf("images: %s can match no image; expected registry/name:tag in lower case, such as docker.io/library/nginx:* or "+
-				"ghcr.io/{repository}:v*; the placeholders are {repository}, {repository_owner} and {repository_id}", sanitize(string(patterns[i])))
+				"ghcr.io/{repository}:v*; the placeholders are {repository}, {repository_owner} and {repository_id}", sanitize(string(images[i])))
 		}
 	}
 	return nil
@@ -330,56 +315,64 @@ func checkImagePatterns(patterns []pattern) error {
 // a pattern with an @ for none with an @.
 type pattern string
 
-func joinPatterns(patterns []pattern) string {
-	var texts []string
-	for _, p := range patterns {
-		texts = append(texts, sanitize(string(p)))
-	}
-	return strings.Join(texts, "|")
-}
-
-func anyMatches(patterns []pattern, s string) bool {
-	return slices.ContainsFunc(patterns, func(p pattern) bool { return p.matches(s) })
-}
-
 // matches compares the whole of s. A branch may be called evil@refs/heads/main, and a
 // star before the @ of a job_workflow_ref must not take that one for its end.
 func (p pattern) matches(s string) bool {
 	if !strings.Contains(string(p), "@") {
-		return p.matchesPiece(s)
+		return matchesPiece(string(p), s)
 	}
-	return slices.EqualFunc(strings.Split(string(p), "@"), strings.Split(s, "@"), func(p, s string) bool { return pattern(p).matchesPiece(s) })
+	return slices.EqualFunc(strings.Split(string(p), "@"), strings.Split(s, "@"), matchesPiece)
 }
 
 // matchesPiece looks for each text between two stars once, so the time is linear
 // whatever the number of stars.
-func (p pattern) matchesPiece(s string) bool {
-	text, rest, star := strings.Cut(string(p), "*")
+func matchesPiece(p, s string) bool {
+	text, rest, star := strings.Cut(p, "*")
 	s, ok := strings.CutPrefix(s, text)
-	if !star {
-		return ok && s == ""
-	}
-	for ok {
+	for ok && star {
 		if text, rest, star = strings.Cut(rest, "*"); !star {
 			return strings.HasSuffix(s, text)
 		}
 		_, s, ok = strings.Cut(s, text)
 	}
-	return false
+	return ok && s == ""
 }
 
-// expand replaces the placeholders by the claims, in lower case as images are. If
-// the claim is absent, empty or has a star, the placeholder stays, and as no image
-// has braces, the pattern matches none.
-func expand(patterns []pattern, c claims) (expanded []pattern) {
-	for _, p := range patterns {
-		expanded = append(expanded, pattern(placeholderRE.ReplaceAllStringFunc(string(p), func(placeholder string) string {
-			value := c.get(strings.Trim(placeholder, "{}"))
-			if value == "" || strings.Contains(value, "*") {
-				return placeholder
-			}
-			return lowerASCII(value)
-		})))
+// patterns is one pattern or a list of them.
+type patterns []pattern
+
+func (l *patterns) UnmarshalYAML(n *yaml.Node) error {
+	if n.Kind == yaml.ScalarNode {
+		*l = patterns{pattern(n.Value)}
+		return nil
+	}
+	return n.Decode((*[]pattern)(l))
+}
+
+func (l patterns) match(s string) bool {
+	return slices.ContainsFunc(l, func(p pattern) bool { return p.matches(s) })
+}
+
+func (l patterns) join() string {
+	var texts []string
+	for _, p := range l {
+		texts = append(texts, sanitize(string(p)))
+	}
+	return strings.Join(texts, "|")
+}
+
+// expand replaces the placeholders by the claims, in lower case as images are. For a
+// claim that is absent, empty or has a star, the placeholder stays, and matches no image.
+func (l patterns) expand(c claims) (expanded patterns) {
+	value := func(placeholder string) string {
+		value := c.get(strings.Trim(placeholder, "{}"))
+		if value == "" || strings.Contains(value, "*") {
+			return placeholder
+		}
+		return lowerASCII(value)
+	}
+	for _, p := range l {
+		expanded = append(expanded, pattern(placeholderRE.ReplaceAllStringFunc(string(p), value)))
 	}
 	return expanded
 }
@@ -389,7 +382,7 @@ func expand(patterns []pattern, c claims) (expanded []pattern) {
 func lowerASCII(s string) string {
 	return strings.Map(func(r rune) rune {
 		if 'A' <= r && r <= 'Z' {
-			return r + 'a' - 'A'
+			r += 'a' - 'A'
 		}
 		return r
 	}, s)
