@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
-	"net/url"
 	"reflect"
 	"slices"
 	"strings"
@@ -67,11 +66,10 @@ func (c claims) show(name string) string {
 // verifier checks GitHub's OIDC tokens. verify uses only the keys that run has
 // fetched, so no token can make a request wait.
 type verifier struct {
-	issuer   string
-	audience string
-	client   *http.Client
-	log      *slog.Logger
-	now      func() time.Time
+	issuer, audience string
+	client           *http.Client
+	log              *slog.Logger
+	now              func() time.Time
 
 	keys       atomic.Pointer[keySet]
 	signed     atomic.Pointer[header] // of the last token that was
@@ -84,8 +82,8 @@ type keySet struct {
 	fetched time.Time
 }
 
-// newVerifier takes the issuer's exact URL, the one audience that is accepted,
-// and the client that fetches the issuer's keys.
+// newVerifier takes the one issuer and audience that are accepted, and the client for
+// the issuer's keys.
 func newVerifier(issuer, audience string, client *http.Client, log *slog.Logger, now func() time.Time) *verifier {
 	// Only the URLs that the issuer itself publishes are trusted with the keys.
 	direct := *client
@@ -323,9 +321,6 @@ func (v *verifier) refresh(ctx context.Context) error {
 	if discovery.Issuer != v.issuer {
 		return fmt.Errorf("%s: issuer is %s, expected %s", address, sanitize(discovery.Issuer), v.issuer)
 	}
-	if u, err := url.Parse(discovery.JWKSURI); err != nil || u.Scheme != "https" || u.Host == "" {
-		return fmt.Errorf("%s: jwks_uri is %s, expected an https URL", address, sanitize(discovery.JWKSURI))
-	}
 	var jwks struct {
 		Keys []json.RawMessage `json:"keys"`
 	}
@@ -352,8 +347,8 @@ func (v *verifier) refresh(ctx context.Context) error {
 // get decodes the JSON document at an address of the issuer.
 func (v *verifier) get(ctx context.Context, address string, into any) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
-	if err != nil {
-		return err
+	if err != nil || req.URL.Scheme != "https" || req.URL.Host == "" {
+		return fmt.Errorf("the issuer's address is %s, expected an https URL", sanitize(address))
 	}
 	resp, err := v.client.Do(req)
 	if err != nil {

@@ -27,8 +27,7 @@ type policy struct {
 	rules    []rule   // never empty
 }
 
-// rule allows the jobs that meet every condition to restart the images that match
-// any of its patterns.
+// rule lets jobs that meet every condition restart images that match any pattern.
 type rule struct {
 	name       string
 	conditions []condition
@@ -155,13 +154,6 @@ func (p *policy) describe() (lines []string) {
 	return lines
 }
 
-// trustRule is a rule of TRUST_POLICY as it is written.
-type trustRule struct {
-	Claims  map[string]patterns
-	Images  patterns
-	Unknown map[string]any `yaml:",inline"`
-}
-
 const expectedRules = `expected a list, such as [{claims: {ref: refs/heads/main}, images: ["ghcr.io/{repository}:dev"]}]`
 
 // parseRules reads TRUST_POLICY. What it does not understand, or what can never
@@ -183,16 +175,12 @@ func parseRules(text string) (rules []rule, err error) {
 	if err := checkNode(list); err != nil {
 		return nil, err
 	}
-	var written []trustRule
-	if err := list.Decode(&written); err != nil {
-		return nil, yamlError(err)
-	}
-	rules = make([]rule, len(written))
-	for i, w := range written {
-		rules[i].name = fmt.Sprintf("rule %d", i+1)
-		if err := w.compile(&rules[i]); err != nil {
-			return nil, fmt.Errorf("%s: %w", rules[i].name, err)
+	for i, n := range list.Content {
+		r := rule{name: fmt.Sprintf("rule %d", i+1)}
+		if err := r.decode(n); err != nil {
+			return nil, fmt.Errorf("%s: %w", r.name, err)
 		}
+		rules = append(rules, r)
 	}
 	return rules, nil
 }
@@ -221,7 +209,17 @@ func checkNode(n *yaml.Node) error {
 	return nil
 }
 
-func (w *trustRule) compile(r *rule) error {
+// decode reads the rule as it is written.
+func (r *rule) decode(n *yaml.Node) error {
+	type trustRule struct { // the library's errors name it
+		Claims  map[string]patterns
+		Images  patterns
+		Unknown map[string]any `yaml:",inline"`
+	}
+	var w trustRule
+	if err := n.Decode(&w); err != nil {
+		return yamlError(err)
+	}
 	for field := range w.Unknown {
 		return fmt.Errorf("field %s not found; expected claims and images", sanitize(field))
 	}
@@ -242,9 +240,6 @@ func (w *trustRule) compile(r *rule) error {
 	r.images = w.Images
 	return checkImagePatterns(r.images)
 }
-
-// placeholders are the claims that image patterns can have, with examples.
-var placeholders = claims{"repository": "owner/name", "repository_owner": "owner", "repository_id": "1"}
 
 var (
 	placeholderRE = regexp.MustCompile(`\{\w+\}`)
@@ -302,6 +297,7 @@ func checkClaim(name string, values patterns) error {
 
 // checkImagePatterns refuses what no canonical reference can match.
 func checkImagePatterns(images patterns) error {
+	placeholders := claims{"repository": "owner/name", "repository_owner": "owner", "repository_id": "1"}
 	for i, example := range images.expand(placeholders) {
 		if !imageRE.MatchString(string(example)) || familiarRE.MatchString(string(example)) {
 			return fmt.Errorf("images: %s can match no image; expected registry/name:tag in lower case, such as docker.io/library/nginx:* or "+
