@@ -106,7 +106,8 @@ func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) er
 	line("token", "not verified, anybody could have written these claims")
 	if c["iss"] != nil { // as of iat, because by now a token has usually expired
 		iat, _ := numericDate(c, "iat")
-		v := &verifier{issuer: cfg.Issuer, audience: cmp.Or(cfg.Audience, c.get("aud")), now: func() time.Time { return iat }}
+		audience := cmp.Or(cfg.Audience, c.get("aud"))
+		v := &verifier{issuer: cfg.Issuer, audience: audience, now: func() time.Time { return iat }}
 		if claimsDenial = v.checkClaims(c); claimsDenial != nil {
 			verdict("claims", claimsDenial)
 		}

@@ -22,12 +22,12 @@ const (
 // message is what web publishes on the PubSub channel: the image that was
 // requested, and when. Nothing else ever travels there.
 type message struct {
-	Image       string `json:"image"`       // canonical, with a tag, such as docker.io/library/nginx:latest
-	RequestedAt int64  `json:"requestedAt"` // T: microseconds since 1970 on the ledger's logical clock; 0 means now
+	Image       string `json:"image"`       // canonical, such as docker.io/library/nginx:latest
+	RequestedAt int64  `json:"requestedAt"` // T, in microseconds since 1970; 0 means now
 }
 
-// parseRequest reads the body of POST /event and returns the canonical references that
-// it names, without repetitions. Its errors tell the job in one line what to fix.
+// parseRequest returns the canonical references that the body of POST /event names,
+// without repetitions. Its errors tell the job in one line what to fix.
 func parseRequest(body []byte) ([]string, error) {
 	var req struct {
 		Image string          `json:"image"`
@@ -69,8 +69,8 @@ func parseRequest(body []byte) ([]string, error) {
 	return images, nil
 }
 
-// parseMessage reads a message of the PubSub channel as strictly as a request, because
-// the worker trusts Valkey no more than web trusts the internet.
+// parseMessage reads a message of the PubSub channel. The worker trusts Valkey no
+// more than web trusts the internet.
 func parseMessage(text []byte) (m message, err error) {
 	if len(text) > maxMessageBytes {
 		return m, fmt.Errorf("message of %d bytes, expected at most %d", len(text), maxMessageBytes)
@@ -119,8 +119,8 @@ func parseImage(s string) (string, error) {
 	return named.String(), nil
 }
 
-// parseReference parses by the grammar that Kubernetes uses. A mebibyte would take half
-// a second; the longest valid reference has fewer than maxMessageBytes.
+// parseReference parses by the grammar that Kubernetes uses. A mebibyte would take
+// long, and no valid reference has more than maxMessageBytes.
 func parseReference(s string) (reference.Named, error) {
 	if len(s) <= maxMessageBytes {
 		if named, err := reference.ParseNormalizedNamed(s); err == nil {
@@ -130,8 +130,8 @@ func parseReference(s string) (reference.Named, error) {
 	return nil, fmt.Errorf("image \"%s\" is not a valid reference; expected registry/name:tag, the name in lower case, such as ghcr.io/acme/api:dev", sanitize(s))
 }
 
-// parseContainerImage returns the canonical form of an image field of a pod template.
-// A digest beside the tag pins it. ok is false for what no request can name.
+// parseContainerImage returns the canonical form of an image of a pod template. A
+// digest beside the tag pins it. ok is false for what no request can name.
 func parseContainerImage(image string) (ref string, pinned, ok bool) {
 	if named, err := parseReference(image); err == nil {
 		_, pinned = named.(reference.Digested)

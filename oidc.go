@@ -82,8 +82,7 @@ type keySet struct {
 	fetched time.Time
 }
 
-// newVerifier takes the one issuer and audience that are accepted, and the client for
-// the issuer's keys.
+// newVerifier takes what to accept, and the client that fetches the keys.
 func newVerifier(issuer, audience string, client *http.Client, log *slog.Logger, now func() time.Time) *verifier {
 	// Only the URLs that the issuer itself publishes are trusted with the keys.
 	direct := *client
@@ -91,8 +90,8 @@ func newVerifier(issuer, audience string, client *http.Client, log *slog.Logger,
 	return &verifier{issuer: issuer, audience: audience, client: &direct, log: log, now: now, unknownKid: make(chan struct{}, 1)}
 }
 
-// verify returns the claims of a token that is valid now. It reads the payload only if
-// the signature is good. Its errors, denials but for errNoKeys, never repeat the token.
+// verify returns the claims of a token that is valid now, after its signature is known
+// to be good. Errors are denials, but for errNoKeys, and never repeat the token.
 func (v *verifier) verify(token string) (claims, error) {
 	switch n := strings.Count(token, ".") + 1; {
 	case len(token) > maxTokenBytes:
@@ -110,7 +109,7 @@ func (v *verifier) verify(token string) (claims, error) {
 	keys := v.keys.Load().byID
 	key := keys[h.kid]
 	if key == nil {
-		select { // a fetch in the background, because GitHub publishes a key long before it uses it
+		select { // a later fetch suffices: GitHub publishes a key long before it uses it
 		case v.unknownKid <- struct{}{}:
 		default:
 		}
@@ -171,8 +170,8 @@ func (v *verifier) header(segment string) (*header, error) {
 	return &header{segment: strings.Clone(segment), kid: kid}, nil
 }
 
-// open verifies the signature of the two segments after the header, and returns the
-// payload. The parsed header is kept, because go-jose decodes it four times for each token.
+// open verifies the segments after the header and returns the payload. go-jose would
+// decode the header four times for each token, so it stays parsed.
 func (h *header) open(segments string, key *rsa.PublicKey) ([]byte, error) {
 	first, second, _ := strings.Cut(segments, ".")
 	payload, payloadErr := base64.RawURLEncoding.DecodeString(first)
@@ -281,12 +280,12 @@ func (v *verifier) ready() error {
 	return nil
 }
 
-// run fetches the keys at once and every keyRefreshInterval until ctx is done, but every
-// keyFetchGap after an unknown kid or a failure, and sooner while there are no keys yet.
+// run fetches the keys at once and every keyRefreshInterval, or a keyFetchGap after an
+// unknown kid or a failure. It retries sooner while there are no keys.
 func (v *verifier) run(ctx context.Context) {
 	backoff := wait.Backoff{Duration: time.Second, Factor: 2, Jitter: 0.1, Steps: 9, Cap: keyFetchGap}
 	for ctx.Err() == nil {
-		gap, refreshIn := keyFetchGap, wait.Jitter(keyRefreshInterval, 0.1)-keyFetchGap // replicas do not fetch in step
+		gap, refreshIn := keyFetchGap, wait.Jitter(keyRefreshInterval, 0.1)-keyFetchGap
 		if err := v.refresh(ctx); err != nil && ctx.Err() == nil {
 			keyFetches("error").Inc()
 			refreshIn = 0
@@ -368,7 +367,8 @@ func (v *verifier) get(ctx context.Context, address string, into any) error {
 // (RFC 7517, section 5), and go-jose decodes a whole set or nothing.
 func parseKey(raw json.RawMessage) (kid string, key *rsa.PublicKey) {
 	var jwk jose.JSONWebKey
-	if jwk.UnmarshalJSON(raw) != nil || jwk.KeyID == "" || cmp.Or(jwk.Use, "sig") != "sig" || cmp.Or(jwk.Algorithm, "RS256") != "RS256" {
+	err := jwk.UnmarshalJSON(raw)
+	if err != nil || jwk.KeyID == "" || cmp.Or(jwk.Use, "sig") != "sig" || cmp.Or(jwk.Algorithm, "RS256") != "RS256" {
 		return "", nil
 	}
 	key, ok := jwk.Key.(*rsa.PublicKey)

@@ -13,8 +13,8 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// defaultCondition holds for a rule that names no event. Other events may run the code of
-// somebody without write access, with a token that looks like main's in every other claim.
+// defaultCondition holds for a rule that names no event. Others may run the code of a
+// pull request, with a token that looks like main's in every other claim.
 // https://docs.github.com/en/actions/reference/workflows-and-actions/events-that-trigger-workflows
 var defaultCondition = condition{"event_name", patterns{
 	"push", "workflow_dispatch", "repository_dispatch", "release", "schedule", "registry_package", "deployment",
@@ -40,8 +40,8 @@ type condition struct {
 	values patterns
 }
 
-// newPolicy takes GITHUB_ALLOWED_ORG, GITHUB_ALLOWED_ORG_ID and TRUST_POLICY. Without
-// rules, every job that runs for a default event may restart every image.
+// newPolicy adds a rule if there is none: every job of the owners that runs for a
+// default event may restart every image.
 func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
 	if len(rules) == 0 {
 		rules = []rule{{"default rule", []condition{defaultCondition}, patterns{"*"}}}
@@ -69,9 +69,12 @@ func (p *policy) checkClaims(c claims) error {
 	return fmt.Errorf("no rule matches the claims: %s", strings.Join(reasons, "; "))
 }
 
+// checkOwner compares in ASCII: a k and U+212A, which EqualFold takes for one letter,
+// differ in length.
 func (p *policy) checkOwner(c claims) error {
-	owner := lowerASCII(c.get("repository_owner"))
-	if !slices.ContainsFunc(p.owners, func(allowed string) bool { return lowerASCII(allowed) == owner }) {
+	owner := c.get("repository_owner")
+	isOwner := func(o string) bool { return len(o) == len(owner) && strings.EqualFold(o, owner) }
+	if !slices.ContainsFunc(p.owners, isOwner) {
 		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.show("repository_owner"))
 	}
 	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c.get("repository_owner_id")) {
@@ -122,8 +125,8 @@ func (r *rule) countAllowed(c claims, images []string) int {
 	return len(images)
 }
 
-// riskyEvents can be caused without write access, checks and statuses by an app that reports
-// on forks. A pull_request of a fork gets no id-token, but anybody may review one of a branch.
+// riskyEvents can be caused without write access: a check by an app that reports on
+// forks, a review by anybody. A pull_request of a fork gets no id-token: write.
 var riskyEvents = []string{
 	"check_run", "check_suite", "discussion", "discussion_comment", "fork", "gollum", "issue_comment", "issues",
 	"pull_request_review", "pull_request_review_comment", "pull_request_target", "status", "watch", "workflow_run",
@@ -243,6 +246,7 @@ func (r *rule) decode(n *yaml.Node) error {
 
 var (
 	placeholderRE = regexp.MustCompile(`\{\w+\}`)
+	plainRE       = regexp.MustCompile(`^[\w./-]+$`)
 	claimNameRE   = regexp.MustCompile(`^[A-Za-z][\w#$-]*$`)
 	// registry/path:tag in lower case but for the tag. A star may cover any of it.
 	imageRE = regexp.MustCompile(`^(localhost|[a-z\d_\[-]*[.:*][a-z\d_.:*\[\]-]*)/([a-z\d_.:*-]+/)*[a-z\d_.-]*(:[\w*][\w.*-]*|\*[\w.:*-]*)$` +
@@ -268,10 +272,10 @@ var claimForms = map[string]struct{ form, examples string }{
 	"workflow_ref":          {`@|\*$`, "owner/name/.github/workflows/file.yml@refs/heads/main"},
 }
 
-// checkClaim refuses what is not a claim name, and values that the claim can never have.
-// A name may be new: GitHub may add claims, and organizations name repo_property_*.
+// checkClaim refuses what is not a claim name, and values that the claim can never
+// have. GitHub may add claims, and organizations name repo_property_*.
 func checkClaim(name string, values patterns) error {
-	known := strings.ReplaceAll(lowerASCII(name), "-", "_")
+	known := strings.ReplaceAll(strings.ToLower(name), "-", "_")
 	claim, ok := claimForms[known]
 	switch {
 	case !claimNameRE.MatchString(name):
@@ -357,29 +361,18 @@ func (l patterns) join() string {
 	return strings.Join(texts, "|")
 }
 
-// expand replaces the placeholders by the claims, in lower case as images are. For a
-// claim that is absent, empty or has a star, the placeholder stays, and matches no image.
+// expand replaces the placeholders by the claims, in lower case as images are. It
+// leaves one alone, to match no image, if the claim is absent or has a star.
 func (l patterns) expand(c claims) (expanded patterns) {
 	value := func(placeholder string) string {
 		value := c.get(strings.Trim(placeholder, "{}"))
-		if value == "" || strings.Contains(value, "*") {
+		if !plainRE.MatchString(value) {
 			return placeholder
 		}
-		return lowerASCII(value)
+		return strings.ToLower(value)
 	}
 	for _, p := range l {
 		expanded = append(expanded, pattern(placeholderRE.ReplaceAllStringFunc(string(p), value)))
 	}
 	return expanded
-}
-
-// lowerASCII leaves other letters alone: strings.ToLower makes a k of U+212A, and
-// a name with it is somebody else's.
-func lowerASCII(s string) string {
-	return strings.Map(func(r rune) rune {
-		if 'A' <= r && r <= 'Z' {
-			r += 'a' - 'A'
-		}
-		return r
-	}, s)
 }
