@@ -54,27 +54,16 @@ type requests struct {
 	mu      sync.Mutex
 	byImage map[string]request
 	newest  int64
-	valkey  time.Time // Valkey's clock when it was read last
-	readAt  time.Time // the worker's clock then; zero: not yet
+	valkey  time.Time // Valkey's clock when it was read last; the worker's own until then
+	readAt  time.Time // the worker's clock then
 }
 
 func newRequests(now func() time.Time) *requests {
-	return &requests{now: now, byImage: map[string]request{}}
+	return &requests{now: now, byImage: map[string]request{}, valkey: now(), readAt: now()}
 }
 
-// clock is Valkey's clock, or the worker's own until that is known.
-func (q *requests) clock() time.Time {
-	if q.readAt.IsZero() {
-		return q.now().Round(0) // the wall clock
-	}
-	return q.valkey.Add(q.now().Sub(q.readAt))
-}
-
-// earlierClock makes no request look too old, and no restart too new, because one
-// of the two clocks is ahead.
-func (q *requests) earlierClock() time.Time {
-	return time.UnixMicro(min(q.clock().UnixMicro(), q.now().UnixMicro()))
-}
+// clock is Valkey's clock, as far as the worker knows.
+func (q *requests) clock() time.Time { return q.valkey.Add(q.now().Sub(q.readAt)) }
 
 // tooFarAhead reports whether Valkey's clock was wrong when it gave T. Remembered,
 // it would satisfy every request for more than a day.
@@ -82,9 +71,9 @@ func (q *requests) tooFarAhead(at int64) bool {
 	return at > q.clock().Add(ledgerAge).UnixMicro()
 }
 
-// setClock takes Valkey's clock, returns the earlier of it and the worker's own,
-// and forgets the requests that are older than age, or too far ahead.
-func (q *requests) setClock(valkey time.Time, age time.Duration) time.Time {
+// setClock takes Valkey's clock, and forgets the requests that are older than age, or
+// too far ahead.
+func (q *requests) setClock(valkey time.Time, age time.Duration) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.valkey, q.readAt, q.newest = valkey, q.now(), 0
@@ -95,7 +84,6 @@ func (q *requests) setClock(valkey time.Time, age time.Duration) time.Time {
 			q.newest = max(q.newest, r.at)
 		}
 	}
-	return q.earlierClock()
 }
 
 // add remembers a request if it is the newest for its image, or if its message
@@ -124,24 +112,12 @@ func (q *requests) get(image string) (r request, known bool) {
 	return r, known
 }
 
-// next returns the T of a message that has none.
-func (q *requests) next() int64 {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return max(q.clock().UnixMicro(), q.newest+1)
-}
-
-// age is how long ago T was on the clock that gave it.
-func (q *requests) age(at int64) time.Duration {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return max(0, q.clock().Sub(time.UnixMicro(at)))
-}
-
 func (q *requests) moment() moment {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return moment{q.now(), q.earlierClock(), q.newest}
+	now, valkey := q.now(), q.clock()
+	earlier := time.UnixMicro(min(now.UnixMicro(), valkey.UnixMicro()))
+	return moment{now: now, valkey: valkey, clock: earlier, newest: q.newest}
 }
 
 // workloadCache has the workloads of all scopes, indexed by image.

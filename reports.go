@@ -178,7 +178,7 @@ func (f *follower) write(ctx context.Context) error {
 		}
 		for i := range stored {
 			if stored[i] == 1 {
-				images[i].stored(f.worker.requests.age(images[i].at))
+				images[i].stored(f.worker.requests.moment().age(images[i].at))
 			}
 		}
 	}

@@ -136,7 +136,7 @@ func (w *worker) measure() {
 func (w *worker) handleMessage(text string) {
 	m, err := parseMessage([]byte(text))
 	if err == nil && m.RequestedAt == 0 { // typed by hand
-		m.RequestedAt = w.requests.next()
+		m.RequestedAt = w.requests.moment().next()
 	}
 	if err == nil {
 		err = w.remember(m.Image, request{at: m.RequestedAt, made: w.now(), announced: true})
@@ -235,22 +235,22 @@ func (w *worker) catchUp(ctx context.Context) error {
 		return err
 	}
 	valkeyNow = valkeyNow.Add(w.now().Sub(asked) / 2) // as if both ways took as long
-	w.follower.caughtUp.Store(true)
 	// Late enough that expiry is logged, and reported.
-	clock := w.requests.setClock(valkeyNow, max(w.rules.window, reportAge)+2*maxRetryAfter)
+	w.requests.setClock(valkeyNow, max(w.rules.window, reportAge)+2*maxRetryAfter)
+	w.follower.caughtUp.Store(true)
 	if w.cfg.CatchUp == 0 {
 		return nil // PubSub only
 	}
-	now, entries := w.now(), 0
-	for m, err := range w.source.ledger(ctx, clock.Add(-w.rules.window)) {
+	m, entries := w.requests.moment(), 0
+	for entry, err := range w.source.ledger(ctx, m.clock.Add(-w.rules.window)) {
 		if err != nil {
 			return err
 		}
 		entries++
-		image, err := parseImage(m.Image)
+		image, err := parseImage(entry.Image)
 		if err == nil {
-			age := clock.Sub(time.UnixMicro(m.RequestedAt))
-			err = w.remember(image, request{at: m.RequestedAt, made: now.Add(-age)})
+			age := m.clock.Sub(time.UnixMicro(entry.RequestedAt))
+			err = w.remember(image, request{at: entry.RequestedAt, made: m.now.Add(-age)})
 		}
 		if err != nil {
 			w.log.Debug("ledger entry ignored", "err", err)
@@ -451,7 +451,7 @@ func (w *worker) patch(ctx context.Context, d *workload, at int64, versioned boo
 	}
 	if !w.cfg.DryRun {
 		restarts(d.kind.name).Inc()
-		restartSeconds.observe(w.requests.age(at))
+		restartSeconds.observe(w.requests.moment().age(at))
 	}
 	return nil
 }

@@ -280,9 +280,18 @@ const (
 // moment is the time of a decision.
 type moment struct {
 	now    time.Time // the worker's monotonic clock
-	clock  time.Time // the earlier of Valkey's clock and the worker's own
-	newest int64     // the newest T known
+	valkey time.Time // Valkey's clock, which gives T
+	// clock is the earlier of the two, so that no request looks too old, and no restart
+	// too new, because one of them is ahead.
+	clock  time.Time
+	newest int64 // the newest T known
 }
+
+// next is the T of a message that has none.
+func (m moment) next() int64 { return max(m.valkey.UnixMicro(), m.newest+1) }
+
+// age is how long ago T was on the clock that gave it.
+func (m moment) age(at int64) time.Duration { return max(0, m.valkey.Sub(time.UnixMicro(at))) }
 
 // decision is a verdict with the request that leads to it.
 type decision struct {
