@@ -127,11 +127,11 @@ type workloadCache struct {
 	scopes   []*scope
 	watchAge time.Duration
 	now      func() time.Time
-	// look is called with the key of a workload that is new to the cache, was
-	// resumed, or runs another image. It must not block.
-	look func(key string)
+	// look is called with a workload that is new to the cache, was resumed, or runs
+	// another image. It must not block.
+	look func(*workload)
 
-	mu    sync.Mutex // held while an entry is replaced, and for the scopes' state
+	mu    sync.Mutex // held while an entry is replaced and looked at, and for the scopes' state
 	store cache.ThreadSafeStore
 }
 
@@ -139,7 +139,7 @@ const imageIndex = "image"
 
 // newWorkloadCache makes a scope for each kind in each of WORKER_NAMESPACES, so that
 // namespaced Roles suffice, or in all namespaces.
-func newWorkloadCache(cfg workerConfig, client dynamic.Interface, log *slog.Logger, now func() time.Time, look func(key string)) *workloadCache {
+func newWorkloadCache(cfg workerConfig, client dynamic.Interface, log *slog.Logger, now func() time.Time, look func(*workload)) *workloadCache {
 	c := &workloadCache{log: log, selector: cfg.Selector, watchAge: watchAge, now: now, look: look}
 	c.store = cache.NewThreadSafeStore(cache.Indexers{imageIndex: func(entry any) (refs []string, err error) {
 		for _, image := range entry.(*workload).images {
@@ -229,19 +229,20 @@ const (
 // answer behind a watch, which may even have shown that the workload is gone.
 func (c *workloadCache) put(d *workload, from source) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	previous, seen := c.get(d.key()), c.now()
-	if from == fromAnswer && previous == nil || from != fromList && previous != nil && revision(previous.resourceVersion) > revision(d.resourceVersion) {
-		c.mu.Unlock()
-		return
-	}
-	if from == fromList {
+	switch {
+	case from == fromList:
 		seen = time.Time{} // nobody knows since when
+	case previous == nil && from == fromAnswer:
+		return
+	case previous != nil && revision(previous.resourceVersion) > revision(d.resourceVersion):
+		return
 	}
 	look := d.inherit(previous, c.now(), seen)
 	c.store.Update(d.key(), d)
-	c.mu.Unlock()
 	if look {
-		c.look(d.key())
+		c.look(d)
 	}
 }
 

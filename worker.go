@@ -183,9 +183,9 @@ func (w *worker) remember(image string, r request) error {
 
 // look queues a workload that is new to the cache, was resumed, or runs another
 // image, if it needs a restart.
-func (w *worker) look(key string) {
-	if d := w.cache.get(key); d != nil && w.decide(d).verdict != satisfied {
-		w.queue.Add(key)
+func (w *worker) look(d *workload) {
+	if w.decide(d).verdict != satisfied {
+		w.queue.Add(d.key())
 	}
 }
 
