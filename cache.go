@@ -284,6 +284,7 @@ func (s *scope) IsWatchListSemanticsUnSupported() bool { return true }
 // would take the rest in one piece when a continue token expires. Here an expired
 // token is an error, and the reflector begins again.
 func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object, error) {
+	s.setWatched(false)
 	entries := &metav1.List{}
 	o := metav1.ListOptions{LabelSelector: s.cache.selector, Limit: listPage}
 	for {
@@ -303,11 +304,12 @@ func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object,
 	}
 }
 
-// watch starts a watch that ends after watchAge. Stopped without an error, the
-// reflector goes on from the last resourceVersion.
+// watch starts a watch that ends after watchAge. client-go takes a deadline for a
+// normal end, and the reflector goes on from the last resourceVersion.
 func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
+	s.setWatched(false)
 	o.LabelSelector = s.cache.selector
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithTimeout(ctx, s.cache.watchAge)
 	overdue := time.AfterFunc(requestTimeout, cancel)
 	stream, err := s.client.Watch(ctx, o)
 	overdue.Stop()
@@ -317,30 +319,17 @@ func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interfac
 	}
 	s.setWatched(true)
 	watchesStarted.Inc()
-	age := time.AfterFunc(s.cache.watchAge, stream.Stop)
-	return agedWatch{stream, func() {
-		age.Stop()
-		s.setWatched(false)
-		cancel()
-	}}, nil
+	return stream, nil
 }
 
-// agedWatch releases what a watch holds when the reflector stops it, as it does
-// with every watch.
-type agedWatch struct {
-	watch.Interface
-	release func()
-}
-
-func (w agedWatch) Stop() {
-	w.Interface.Stop()
-	w.release()
-}
-
+// setWatched notes that a watch is open, or that the last one has ended: the
+// reflector begins the next list or watch only then.
 func (s *scope) setWatched(open bool) {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
-	s.watched, s.unwatched = open, s.cache.now()
+	if s.watched != open {
+		s.watched, s.unwatched = open, s.cache.now()
+	}
 }
 
 // checkPossible ends run if a scope that was never watched is forbidden or unknown: only
