@@ -274,53 +274,42 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 	}
 }
 
-// reconcile gives one workload the restart that it needs, if any. The patch
-// carries the resourceVersion of the entry, which keeps crossing requests of
-// several workers apart. If that is outdated, the worker decides on the present
-// version. Unless another worker was faster, it then patches without it, because a
-// workload in the middle of a rollout changes several times a second.
+// reconcile gives one workload the restart that it needs, if any. The first patch
+// carries the resourceVersion of the entry, which keeps crossing requests of several
+// workers apart. After a conflict the worker decides on the present version, and
+// patches without it unless another worker was faster: in the middle of a rollout, a
+// workload changes several times a second.
 func (w *worker) reconcile(ctx context.Context, key string) {
-	d := w.cache.get(key)
-	if d == nil {
-		w.done(key)
-		return
-	}
-	if wait := w.backingOff(key); wait > 0 {
+	d, versioned := w.cache.get(key), w.backoff.NumRequeues(key) == 0
+	if wait := w.backingOff(key); wait > 0 && d != nil {
 		w.queue.AddAfter(key, wait)
 		return
 	}
 	// A patch on its way when the worker is stopped is finished.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
 	defer cancel()
-	versioned := w.backoff.NumRequeues(key) == 0
-	for fetched := false; ; fetched = true {
+	for fetched := false; d != nil; fetched = true {
 		next := w.decide(d)
 		if next.verdict == due && versioned && !fetched && !w.pace.TryAccept() {
 			next.verdict, next.reason, next.wait = deferred, paceReason, time.Minute/time.Duration(w.cfg.RestartsPerMinute)
 		}
-		if next.verdict != due {
-			w.settle(d, next, nil)
+		var err error
+		if next.verdict == due {
+			err = w.patch(ctx, d, next, versioned)
+		}
+		if !outdated(err) || fetched && !versioned {
+			w.settle(d, next, err)
 			return
 		}
-		err := w.patch(ctx, d, next.request.at, versioned)
-		if outdated(err) && (versioned || !fetched) {
-			var present *workload
-			if present, err = w.fetch(ctx, d); present != nil {
-				versioned = versioned && present.restartedAt != d.restartedAt
-				d = present
-				continue
-			}
-			if err == nil { // it is gone
-				w.done(key)
-				return
-			}
+		present, err := w.fetch(ctx, d)
+		if err != nil {
+			w.settle(d, next, err)
+			return
 		}
-		if err == nil && w.cfg.Events && !w.cfg.DryRun {
-			go w.record(d, next)
-		}
-		w.settle(d, next, err)
-		return
+		versioned = versioned && present != nil && present.restartedAt != d.restartedAt
+		d = present
 	}
+	w.done(key) // it is gone
 }
 
 // fetch returns the present version of a workload, nil if there is none. It
@@ -427,8 +416,8 @@ var errNoEffect = errors.New("the API server's answer lacks the annotation; a we
 // patch restarts d as `kubectl rollout restart` does, and changes nothing else.
 // Since the value comes from T, any number of workers send the same. The uid keeps
 // it from a workload of the same name that was created since.
-func (w *worker) patch(ctx context.Context, d *workload, at int64, versioned bool) error {
-	value, preconditions := d.kind.value(at), map[string]string{"uid": string(d.uid)}
+func (w *worker) patch(ctx context.Context, d *workload, next decision, versioned bool) error {
+	value, preconditions := d.kind.value(next.request.at), map[string]string{"uid": string(d.uid)}
 	if versioned {
 		preconditions["resourceVersion"] = d.resourceVersion
 	}
@@ -449,9 +438,13 @@ func (w *worker) patch(ctx context.Context, d *workload, at int64, versioned boo
 	if patched.restartedAt != value {
 		return errNoEffect
 	}
-	if !w.cfg.DryRun {
-		restarts(d.kind.name).Inc()
-		restartSeconds.observe(w.requests.moment().age(at))
+	if w.cfg.DryRun {
+		return nil
+	}
+	restarts(d.kind.name).Inc()
+	restartSeconds.observe(w.requests.moment().age(next.request.at))
+	if w.cfg.Events {
+		go w.record(d, next)
 	}
 	return nil
 }
