@@ -61,7 +61,7 @@ type worker struct {
 	rules    rules
 	now      func() time.Time
 
-	catchUpDue chan struct{} // one slot
+	catchUpDue *time.Timer
 	caughtUp   health
 	follower   *follower
 	eventless  atomic.Bool // an Event could not be written, and the log says so
@@ -78,7 +78,7 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 		now:        now,
 		queue:      workqueue.NewTypedDelayingQueue[string](),
 		backoff:    workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff),
-		catchUpDue: make(chan struct{}, 1),
+		catchUpDue: time.NewTimer(catchUpInterval),
 		requests:   newRequests(now),
 		pace:       flowcontrol.NewFakeAlwaysRateLimiter(),
 	}
@@ -189,38 +189,29 @@ func (w *worker) look(d *workload) {
 	}
 }
 
-// requestCatchUp asks for a catch-up. It does not block.
-func (w *worker) requestCatchUp() {
-	select {
-	case w.catchUpDue <- struct{}{}:
-	default: // one is due already
-	}
-}
+// requestCatchUp asks for a catch-up at once. It does not block.
+func (w *worker) requestCatchUp() { w.catchUpDue.Reset(0) }
 
 // catchUpLoop reads the ledger after each confirmed subscription and after each
 // catchUpInterval, until ctx is done. It retries, because a Valkey that has just
 // started confirms subscriptions while reads still answer LOADING.
 func (w *worker) catchUpLoop(ctx context.Context) {
-	tick := time.NewTicker(catchUpInterval)
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-w.catchUpDue:
-		case <-tick.C:
+		case <-w.catchUpDue.C:
 		}
+		w.catchUpDue.Reset(catchUpInterval) // before it: a request meanwhile counts
 		err := w.catchUp(ctx)
-		if err == nil {
-			caughtUpAt.Set(float64(w.now().Unix()))
+		if changed := w.caughtUp.set(err); changed && err != nil && ctx.Err() == nil {
+			w.log.Warn("catch-up failed, trying again", "err", err)
 		}
-		if changed := w.caughtUp.set(err); err != nil && ctx.Err() == nil {
-			if changed {
-				w.log.Warn("catch-up failed, trying again", "err", err)
-			}
-			sleep(ctx, valkeyRetryDelay)
-			w.requestCatchUp()
+		if err != nil {
+			w.catchUpDue.Reset(valkeyRetryDelay)
+			continue
 		}
+		caughtUpAt.Set(float64(w.now().Unix()))
 	}
 }
 
