@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -127,6 +126,7 @@ type workloadCache struct {
 	scopes   []*scope
 	watchAge time.Duration
 	now      func() time.Time
+	end      context.CancelCauseFunc // of run
 	// look is called with a workload that is new to the cache, was resumed, or runs
 	// another image. It must not block.
 	look func(*workload)
@@ -168,21 +168,15 @@ func newWorkloadCache(cfg workerConfig, client dynamic.Interface, log *slog.Logg
 	return c
 }
 
-// run keeps the cache up to date until ctx is done. Its error is a scope that can never
-// be watched.
-func (c *workloadCache) run(ctx context.Context) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+// run keeps the cache up to date until ctx is done. It ends ctx itself because of a
+// scope that can never be watched.
+func (c *workloadCache) run(ctx context.Context, end context.CancelCauseFunc) {
+	c.end = end
 	var wg sync.WaitGroup
 	for _, s := range c.scopes {
-		s.impossible = cancel
 		wg.Go(func() { s.reflector.RunWithContext(ctx) })
 	}
 	wg.Wait()
-	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
-		return err
-	}
-	return nil
 }
 
 // ready is nil while every scope is listed and watched.
@@ -265,14 +259,13 @@ func revision(resourceVersion string) uint64 {
 // scope is what one reflector lists, watches and stores: a kind in one namespace, or all.
 type scope struct {
 	cache.ListWatch
-	cache      *workloadCache
-	kind       *kind
-	namespace  string // "" for all
-	client     dynamic.ResourceInterface
-	reflector  *cache.Reflector
-	impossible context.CancelCauseFunc // ends the cache's run
-	watched    bool                    // a watch is open
-	unwatched  time.Time               // when the last one ended, or the present one began; zero: never
+	cache     *workloadCache
+	kind      *kind
+	namespace string // "" for all
+	client    dynamic.ResourceInterface
+	reflector *cache.Reflector
+	watched   bool      // a watch is open
+	unwatched time.Time // when the last one ended, or the present one began; zero: never
 }
 
 // IsWatchListSemanticsUnSupported keeps the reflector from streaming lists: those
@@ -332,7 +325,7 @@ func (s *scope) setWatched(open bool) {
 	}
 }
 
-// checkPossible ends run if a scope that was never watched is forbidden or unknown: only
+// checkPossible ends the run if a scope that was never watched is forbidden or unknown: only
 // an operator can fix that. Later a Role that is being replaced may be missing for a
 // moment, and the reflector tries again.
 func (s *scope) checkPossible(verb string, err error) error {
@@ -347,7 +340,7 @@ func (s *scope) checkPossible(verb string, err error) error {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	if s.unwatched.IsZero() {
-		s.impossible(err)
+		s.cache.end(err)
 	}
 	return err
 }

@@ -95,24 +95,23 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 // queued by then is in the ledger for the next worker. Its error is a scope that
 // RBAC forbids.
 func (w *worker) run(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	var wg sync.WaitGroup
 	wg.Go(func() { w.source.run(ctx, w.handleMessage, w.requestCatchUp) })
 	wg.Go(func() { w.catchUpLoop(ctx) })
 	wg.Go(func() { w.follower.run(ctx) })
-	var err error
-	wg.Go(func() {
-		defer cancel()
-		err = w.cache.run(ctx)
-	})
+	wg.Go(func() { w.cache.run(ctx, cancel) })
 	for range w.cfg.Concurrency {
 		wg.Go(func() { w.reconcileLoop(ctx) })
 	}
 	<-ctx.Done()
 	w.queue.ShutDown()
 	wg.Wait()
-	return err
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
 }
 
 // ready is nil while the worker misses no request and no workload.
