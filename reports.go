@@ -89,15 +89,11 @@ func (w *worker) report(f *followed) report {
 	for _, d := range running {
 		r.Matched++
 		r.Kinds[d.kind.name]++
-		image := d.image(f.image)
-		if image.pinned {
-			r.Skipped[pinnedReason]++
-			continue
-		}
+		image, state := d.image(f.image), progressing
 		if image.pullPolicy != "" {
 			r.Warnings[image.pullPolicy]++
 		}
-		state := progressing
+		_, paced := w.waiting(d.key())
 		switch next := w.rules.decide(d, *image, request, m); {
 		case next.verdict == satisfied && w.cfg.DryRun && d.restarted.at >= d.kind.value(request.at):
 			r.Skipped[dryRunReason]++
@@ -107,7 +103,7 @@ func (w *worker) report(f *followed) report {
 			state = d.rollout
 		case next.verdict == expired:
 			state = failed
-		case next.verdict == due && w.paced(d.key()):
+		case next.verdict == due && paced:
 			r.Deferred[paceReason]++
 		case next.verdict == deferred:
 			r.Deferred[next.reason]++

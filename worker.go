@@ -271,7 +271,7 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 // workload changes several times a second.
 func (w *worker) reconcile(ctx context.Context, key string) {
 	d, versioned := w.cache.get(key), w.backoff.NumRequeues(key) == 0
-	if wait := w.backingOff(key); wait > 0 && d != nil {
+	if wait, _ := w.waiting(key); wait > 0 && d != nil {
 		w.queue.AddAfter(key, wait)
 		return
 	}
@@ -337,10 +337,11 @@ func (w *worker) decide(d *workload) (next decision) {
 // pauses that a newer request does not cut short.
 func (w *worker) settle(d *workload, next decision, err error) {
 	key := d.key()
+	_, paced := w.waiting(key)
 	log := w.log.With("namespace", d.namespace, d.kind.attribute(), d.name,
 		"image", next.image.ref, "requested_at", formatTime(next.request.at))
 	switch {
-	case next.verdict == satisfied, next.reason == paceReason && w.paced(key): // which was said before
+	case next.verdict == satisfied, next.reason == paceReason && paced: // which was said before
 	case next.verdict == expired && w.backoff.NumRequeues(key) > 0:
 		giveUps.Inc()
 		log.Error("gave up: the restart failed until the request expired")
@@ -381,17 +382,12 @@ func (w *worker) settle(d *workload, next decision, err error) {
 	}
 }
 
-// paced reports whether a workload waits for WORKER_RESTARTS_PER_MINUTE.
-func (w *worker) paced(key string) bool {
-	_, waits := w.notBefore.Load(key)
-	return waits && w.backoff.NumRequeues(key) == 0
-}
-
-// backingOff returns how long a workload that failed or is paced has to wait.
-func (w *worker) backingOff(key string) time.Duration {
-	due, _ := w.notBefore.Load(key)
+// waiting returns how long a workload that failed or is paced has to wait, and whether
+// it is paced.
+func (w *worker) waiting(key string) (wait time.Duration, paced bool) {
+	due, waits := w.notBefore.Load(key)
 	at, _ := due.(time.Time)
-	return at.Sub(w.now())
+	return at.Sub(w.now()), waits && w.backoff.NumRequeues(key) == 0
 }
 
 // done forgets the failures of a workload, and that it is paced.

@@ -313,6 +313,8 @@ func (b rules) decide(d *workload, image usedImage, r request, m moment) decisio
 	next := decision{verdict: due, image: image, request: r}
 	age, interval := m.now.Sub(r.made), m.now.Sub(d.restarted.since)
 	switch {
+	case image.pinned:
+		next.verdict, next.reason = skipped, pinnedReason
 	case m.proves(d.restartedAt, r), m.proves(d.restarted.at, r):
 		next.verdict = satisfied
 	case !(r.announced && image.cachedAt.Before(r.made)) && image.addedAt.After(r.latest()):
