@@ -214,7 +214,7 @@ func TestGitOpsAndTwoWorkers(t *testing.T) {
 	at := a.publish(apiDev)
 	a.awaitRestart("a/api", at)
 	for _, w := range []*testWorker{a, b} {
-		eventually(t, "both have seen it", func() bool { return w.entry("a/api").restarted.at == at })
+		eventually(t, "both have seen it", func() bool { return w.entry("a/api").newestRestart == at })
 	}
 	kube.Change("a/api", removeAnnotation)
 	close(removed)

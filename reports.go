@@ -95,7 +95,7 @@ func (w *worker) report(f *followed) report {
 		}
 		_, paced := w.waiting(d.key())
 		switch next := w.rules.decide(d, *image, request, m); {
-		case next.verdict == satisfied && w.cfg.DryRun && d.restarted.at >= d.kind.value(request.at):
+		case next.verdict == satisfied && w.cfg.DryRun && d.newestRestart >= d.kind.value(request.at):
 			r.Skipped[dryRunReason]++
 			state = unmatched
 		case next.verdict == satisfied:

@@ -129,17 +129,12 @@ type workload struct {
 	updated         time.Time // newest change by a manager of the pod template's spec
 	deleting        bool
 	paused          bool
-	onDelete        bool   // the update strategy restarts no pod by itself
-	restartedAt     string // the value of the kind's field
+	onDelete        bool // the update strategy restarts no pod by itself
 	images          []usedImage
 	rollout         rolloutState // complete, progressing or failed
-	restarted       restart      // the newest that was made or seen; GitOps tools reset the field
-}
-
-// restart is a value of restartedAt.
-type restart struct {
-	at    string
-	since time.Time // on the worker's clock; zero if unknown, as after a list
+	restartedAt     string       // the value of the kind's field
+	newestRestart   string       // the newest value that was made or seen; GitOps tools reset the field
+	restartedSince  time.Time    // when that was, on the worker's clock; zero if unknown, as after a list
 }
 
 // usedImage is an image that a pod template names, once however often it does.
@@ -199,7 +194,7 @@ func newWorkload(k *kind, u *unstructured.Unstructured) *workload {
 	d.paused, _ = spec["paused"].(bool)
 	d.onDelete = child(spec, "updateStrategy")["type"] == "OnDelete"
 	d.restartedAt, _, _ = unstructured.NestedString(u.Object, k.restartedAt...)
-	d.restarted.at = d.restartedAt
+	d.newestRestart = d.restartedAt
 	// Argo Rollouts writes it as a string.
 	observed, _ := strconv.ParseInt(fmt.Sprint(child(u.Object, "status")["observedGeneration"]), 10, 64)
 	if observed >= u.GetGeneration() {
@@ -247,9 +242,9 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 		image.cachedAt, image.addedAt = now, d.updated.Add(-updatedTolerance)
 		look = true
 	}
-	d.restarted = previous.restarted
-	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.restarted.at {
-		d.restarted = restart{max(d.restartedAt, d.restarted.at), seen}
+	d.newestRestart, d.restartedSince = previous.newestRestart, previous.restartedSince
+	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.newestRestart {
+		d.newestRestart, d.restartedSince = max(d.restartedAt, d.newestRestart), seen
 	}
 	return look
 }
@@ -311,11 +306,11 @@ type rules struct {
 // decide is the one rule for messages, catch-up and retries alike.
 func (b rules) decide(d *workload, image usedImage, r request, m moment) decision {
 	next := decision{verdict: due, image: image, request: r}
-	age, interval := m.now.Sub(r.made), m.now.Sub(d.restarted.since)
+	age, interval := m.now.Sub(r.made), m.now.Sub(d.restartedSince)
 	switch {
 	case image.pinned:
 		next.verdict, next.reason = skipped, pinnedReason
-	case m.proves(d.restartedAt, r), m.proves(d.restarted.at, r):
+	case m.proves(d.restartedAt, r), m.proves(d.newestRestart, r):
 		next.verdict = satisfied
 	case !(r.announced && image.cachedAt.Before(r.made)) && image.addedAt.After(r.latest()):
 		next.verdict = satisfied // its pods came after the request

@@ -34,7 +34,7 @@ func TestDecide(t *testing.T) {
 		"restarted before T":                         {d: workload{restartedAt: own(-time.Microsecond)}, request: received(later), image: cached(time.Hour), want: due},
 		"restarted at T":                             {d: workload{restartedAt: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
 		"restarted after T":                          {d: workload{restartedAt: own(time.Microsecond)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"restarted at T, and the annotation removed": {d: workload{restarted: restart{at: own(0)}}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"restarted at T, and the annotation removed": {d: workload{newestRestart: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
 		"own form, 5 s ahead":                        {d: workload{restartedAt: own(later + 5*time.Second)}, request: received(later), image: cached(time.Hour), want: satisfied},
 		"own form, more than 5 s ahead":              {d: workload{restartedAt: own(later + 5*time.Second + 1000)}, request: received(later), image: cached(time.Hour), want: due},
 		"own form, 2 h ahead, a T that is known":     {d: workload{restartedAt: own(2 * time.Hour)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: satisfied},
@@ -66,12 +66,12 @@ func TestDecide(t *testing.T) {
 		"being deleted while paused":                          {request: received(later), image: cached(time.Hour), d: workload{deleting: true, paused: true}, want: skipped},
 		"paused":                                              {request: received(later), image: cached(time.Hour), d: workload{paused: true}, want: deferred},
 		"paused, restarted already":                           {request: received(later), image: cached(time.Hour), d: workload{paused: true, restartedAt: own(0)}, want: satisfied},
-		"restarted just now":                                  {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(-1000), now.Add(-time.Second)}}, interval: 10 * time.Second, want: deferred},
-		"restarted just now, no interval":                     {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(-1000), now.Add(-time.Second)}}, want: due},
-		"restarted an interval ago":                           {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(-1000), now.Add(-10 * time.Second)}}, interval: 10 * time.Second, want: due},
-		"restarted at an unknown time":                        {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{at: own(-1000)}}, interval: 10 * time.Second, want: due},
-		"restarted just now, and expired":                     {request: received(time.Hour), image: cached(2 * time.Hour), d: workload{restarted: restart{own(-1000), now}}, interval: 10 * time.Second, want: expired},
-		"restarted just now and satisfied":                    {request: received(later), image: cached(time.Hour), d: workload{restarted: restart{own(0), now}}, interval: 10 * time.Second, want: satisfied},
+		"restarted just now":                                  {request: received(later), image: cached(time.Hour), d: workload{newestRestart: own(-1000), restartedSince: now.Add(-time.Second)}, interval: 10 * time.Second, want: deferred},
+		"restarted just now, no interval":                     {request: received(later), image: cached(time.Hour), d: workload{newestRestart: own(-1000), restartedSince: now.Add(-time.Second)}, want: due},
+		"restarted an interval ago":                           {request: received(later), image: cached(time.Hour), d: workload{newestRestart: own(-1000), restartedSince: now.Add(-10 * time.Second)}, interval: 10 * time.Second, want: due},
+		"restarted at an unknown time":                        {request: received(later), image: cached(time.Hour), d: workload{newestRestart: own(-1000)}, interval: 10 * time.Second, want: due},
+		"restarted just now, and expired":                     {request: received(time.Hour), image: cached(2 * time.Hour), d: workload{newestRestart: own(-1000), restartedSince: now}, interval: 10 * time.Second, want: expired},
+		"restarted just now and satisfied":                    {request: received(later), image: cached(time.Hour), d: workload{newestRestart: own(0), restartedSince: now}, interval: 10 * time.Second, want: satisfied},
 	} {
 		t.Run(name, func(t *testing.T) {
 			tt.request.at = at.UnixMicro()
