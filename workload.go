@@ -194,7 +194,6 @@ func newWorkload(k *kind, u *unstructured.Unstructured) *workload {
 	d.paused, _ = spec["paused"].(bool)
 	d.onDelete = child(spec, "updateStrategy")["type"] == "OnDelete"
 	d.restartedAt, _, _ = unstructured.NestedString(u.Object, k.restartedAt...)
-	d.newestRestart = d.restartedAt
 	// Argo Rollouts writes it as a string.
 	observed, _ := strconv.ParseInt(fmt.Sprint(child(u.Object, "status")["observedGeneration"]), 10, 64)
 	if observed >= u.GetGeneration() {
@@ -226,11 +225,10 @@ func (d *workload) use(field, pullPolicy any) {
 // nil if there is none. seen is when a restart that is new in it was seen. It
 // reports whether the worker has to look at the workload.
 func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) {
+	addedAt := d.updated.Add(-updatedTolerance)
 	if previous == nil || previous.uid != d.uid {
-		for i := range d.images {
-			d.images[i].cachedAt, d.images[i].addedAt = now, d.created.Add(-createdTolerance)
-		}
-		return true
+		addedAt = d.created.Add(-createdTolerance)
+		previous = &workload{restartedAt: d.restartedAt, newestRestart: d.restartedAt}
 	}
 	look = previous.paused && !d.paused
 	for i := range d.images {
@@ -239,8 +237,7 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 			image.cachedAt, image.addedAt = before.cachedAt, before.addedAt
 			continue
 		}
-		image.cachedAt, image.addedAt = now, d.updated.Add(-updatedTolerance)
-		look = true
+		image.cachedAt, image.addedAt, look = now, addedAt, true
 	}
 	d.newestRestart, d.restartedSince = previous.newestRestart, previous.restartedSince
 	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.newestRestart {
