@@ -56,7 +56,7 @@ type worker struct {
 	cache    *workloadCache
 	queue    workqueue.TypedDelayingInterface[string]
 	backoff  workqueue.TypedRateLimiter[string]
-	pace     flowcontrol.PassiveRateLimiter // WORKER_RESTARTS_PER_MINUTE
+	pace     flowcontrol.PassiveRateLimiter // of WORKER_RESTARTS_PER_MINUTE, unless that is 0
 	cfg      workerConfig
 	rules    rules
 	now      func() time.Time
@@ -80,10 +80,7 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 		backoff:    workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff),
 		catchUpDue: time.NewTimer(catchUpInterval),
 		requests:   newRequests(now),
-		pace:       flowcontrol.NewFakeAlwaysRateLimiter(),
-	}
-	if cfg.RestartsPerMinute > 0 {
-		w.pace = flowcontrol.NewTokenBucketPassiveRateLimiter(float32(cfg.RestartsPerMinute)/60, 1)
+		pace:       flowcontrol.NewTokenBucketPassiveRateLimiter(float32(cfg.RestartsPerMinute)/60, 1),
 	}
 	w.caughtUp.set(errors.New("not caught up yet"))
 	w.follower = &follower{worker: w, images: map[string]*followed{}}
@@ -278,9 +275,10 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	// A patch on its way when the worker is stopped is finished.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
 	defer cancel()
+	pacing := versioned && w.cfg.RestartsPerMinute > 0
 	for fetched := false; d != nil; fetched = true {
 		next := w.decide(d)
-		if next.verdict == due && versioned && !fetched && !w.pace.TryAccept() {
+		if next.verdict == due && pacing && !fetched && !w.pace.TryAccept() {
 			next.verdict, next.reason, next.wait = deferred, paceReason, time.Minute/time.Duration(w.cfg.RestartsPerMinute)
 		}
 		var err error
