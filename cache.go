@@ -272,10 +272,9 @@ type scope struct {
 // would bring whole objects into its memory.
 func (s *scope) IsWatchListSemanticsUnSupported() bool { return true }
 
-// list reads all pages and returns one complete list of entries. It ignores the
-// options: the reflector would list without a limit after a 410, and its pager
-// would take the rest in one piece when a continue token expires. Here an expired
-// token is an error, and the reflector begins again.
+// list reads all pages and returns one complete list of entries. It ignores the options:
+// the reflector and its pager list without a limit after a 410, or when a continue token
+// expires. Here that is an error, and the reflector begins again.
 func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object, error) {
 	s.setWatched(false)
 	entries := &metav1.List{}
@@ -325,9 +324,8 @@ func (s *scope) setWatched(open bool) {
 	}
 }
 
-// checkPossible ends the run if a scope that was never watched is forbidden or unknown: only
-// an operator can fix that. Later a Role that is being replaced may be missing for a
-// moment, and the reflector tries again.
+// checkPossible ends the run if a scope that was never watched is forbidden or unknown:
+// only an operator can fix that. Later, a Role may be missing while it is replaced.
 func (s *scope) checkPossible(verb string, err error) error {
 	switch where := cmp.Or(s.namespace, "all namespaces"); {
 	case apierrors.IsForbidden(err):

@@ -22,10 +22,9 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
-// Workers write to Valkey what became of the newest request for each image, and web
-// answers GET /rollout from it. The hash <channel>:report:<image> has a report of
-// each cluster. The sorted set <channel>:clusters has when a worker of each cluster
-// was last alive, in microseconds on Valkey's clock.
+// Workers write what became of the newest request for an image, and web answers GET
+// /rollout from it. The hash <channel>:report:<image> has a report of each cluster, and the
+// sorted set <channel>:clusters when each was last alive, in microseconds by Valkey.
 
 const (
 	reportAge      = time.Hour              // how long a request is followed, and a report kept
@@ -224,10 +223,9 @@ func (f *followed) stored(age time.Duration) {
 func reportKey(channel, image string) string { return channel + ":report:" + image }
 func clustersKey(channel string) string      { return channel + ":clusters" }
 
-// reportScript stores that the cluster ARGV[1] is alive, in the set KEYS[1], and its
-// report ARGV[i] in the hash KEYS[i]. One about a newer T stands, and of the same T one from a
-// cache that had reached a later revision: a worker whose watch lags must not set it
-// back. It returns 1 for each report that it stored, and 0 for the others.
+// reportScript stores that the cluster ARGV[1] is alive, in the set KEYS[1], and its report
+// ARGV[i] in the hash KEYS[i], unless the one there has a newer T, or the same and a later
+// revision: a worker whose watch lags must not set it back. It returns which it stored.
 var reportScript = valkey.NewLuaScript(fmt.Sprintf(`
 local now, stored = redis.call('TIME'), {}
 redis.call('ZADD', KEYS[1], now[1] .. string.format('%%06d', now[2]), ARGV[1])
@@ -278,9 +276,8 @@ type imageRollout struct {
 	stored      map[string]string // by cluster
 }
 
-// readRollout reads the reports about the newest requests for images, which are not
-// older than since if that is not empty. The error is a 404 if there is none, also
-// within reportAge. The result is nil if it has the version seen.
+// readRollout reads the reports about the newest requests for images. Its error is a 404 if
+// one is older than since or reportAge. Its result is nil if it has the version seen.
 func (p *publisher) readRollout(ctx context.Context, images []string, since, seen string) (*rollout, error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()

@@ -42,12 +42,9 @@ const (
 	catchUpTimeout  = 10 * time.Second // for one
 )
 
-// worker restarts what runs an image that was requested.
-//
-// Messages and catch-up both end in remember, which queues the workloads that run
-// the image. The queue is by workload, so that one which cannot be patched holds up
-// no other. What a workload needs is decided when its turn comes, from
-// the cache and the newest requests; nothing is carried over from an earlier try.
+// worker restarts what runs an image that was requested. Messages and catch-up both
+// end in remember, which queues workloads: one that cannot be patched holds up no
+// other. Each is decided about in its turn, from the cache and the newest requests.
 type worker struct {
 	log      *slog.Logger
 	client   dynamic.Interface
@@ -88,9 +85,8 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 	return w
 }
 
-// run works until ctx is done, and then finishes the patches in flight. What is
-// queued by then is in the ledger for the next worker. Its error is a scope that
-// RBAC forbids.
+// run works until ctx is done, and then finishes the patches in flight. The ledger
+// has the rest for the next worker. Its error is a scope that RBAC forbids.
 func (w *worker) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -188,9 +184,8 @@ func (w *worker) look(d *workload) {
 // requestCatchUp asks for a catch-up at once. It does not block.
 func (w *worker) requestCatchUp() { w.catchUpDue.Reset(0) }
 
-// catchUpLoop reads the ledger after each confirmed subscription and after each
-// catchUpInterval, until ctx is done. It retries, because a Valkey that has just
-// started confirms subscriptions while reads still answer LOADING.
+// catchUpLoop reads the ledger after each confirmed subscription and catchUpInterval.
+// A Valkey that has just started confirms subscriptions, and refuses reads for a while.
 func (w *worker) catchUpLoop(ctx context.Context) {
 	for {
 		select {
@@ -261,11 +256,9 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 	}
 }
 
-// reconcile gives one workload the restart that it needs, if any. The first patch
-// carries the resourceVersion of the entry, which keeps crossing requests of several
-// workers apart. After a conflict the worker decides on the present version, and
-// patches without it unless another worker was faster: in the middle of a rollout, a
-// workload changes several times a second.
+// reconcile gives one workload the restart that it needs, if any. The resourceVersion
+// in the first patch keeps crossing requests of several workers apart. After a conflict,
+// patches have it only if another worker was faster: a rollout changes it all the time.
 func (w *worker) reconcile(ctx context.Context, key string) {
 	d, versioned := w.cache.get(key), w.backoff.NumRequeues(key) == 0
 	if wait, _ := w.waiting(key); wait > 0 && d != nil {
@@ -330,9 +323,8 @@ func (w *worker) decide(d *workload) (next decision) {
 	return next
 }
 
-// settle ends a look: with a decision against a restart, or with the outcome of a
-// patch. A failure is tried again until it succeeds or the request expires, with
-// pauses that a newer request does not cut short.
+// settle ends a look with a decision against a restart, or with the outcome of a patch.
+// Nothing cuts the pause after a failure short.
 func (w *worker) settle(d *workload, next decision, err error) {
 	key := d.key()
 	_, paced := w.waiting(key)
@@ -397,9 +389,8 @@ func (w *worker) done(key string) {
 // errNoEffect is a patch that the API server accepted without its effect.
 var errNoEffect = errors.New("the API server's answer lacks the annotation; a webhook may remove it")
 
-// patch restarts d as `kubectl rollout restart` does, and changes nothing else.
-// Since the value comes from T, any number of workers send the same. The uid keeps
-// it from a workload of the same name that was created since.
+// patch restarts d as `kubectl rollout restart` does. Because of T, any number of workers
+// send the same. The uid keeps it from a new workload of the same name.
 func (w *worker) patch(ctx context.Context, d *workload, next decision, versioned bool) error {
 	value, preconditions := d.kind.value(next.request.at), map[string]string{"uid": string(d.uid)}
 	if versioned {
@@ -433,9 +424,8 @@ func (w *worker) patch(ctx context.Context, d *workload, next decision, versione
 	return nil
 }
 
-// outdated reports whether a patch was refused because the entry is outdated: the
-// workload has changed, is gone, or has another uid, which the API server
-// answers as a change of an immutable field.
+// outdated reports whether a patch was refused because the workload has changed, is gone,
+// or has another uid, which the API server calls a change of an immutable field.
 func outdated(err error) bool {
 	return apierrors.IsConflict(err) || apierrors.IsNotFound(err) ||
 		apierrors.IsInvalid(err) && strings.Contains(err.Error(), "metadata.uid")

@@ -221,9 +221,8 @@ func (d *workload) use(field, pullPolicy any) {
 	}
 }
 
-// inherit completes an entry with what the cache knows from the one it replaces,
-// nil if there is none. seen is when a restart that is new in it was seen. It
-// reports whether the worker has to look at the workload.
+// inherit completes an entry with what the cache knows from the previous one, which may
+// be nil. A restart that is new in it was seen then. look says that a decision is due.
 func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) {
 	addedAt := d.updated.Add(-updatedTolerance)
 	if previous == nil || previous.uid != d.uid {
@@ -325,9 +324,8 @@ func (b rules) decide(d *workload, image usedImage, r request, m moment) decisio
 	return next
 }
 
-// proves reports whether a restartedAt shows a restart for a request or later. One
-// from the future proves nothing; in the worker's own form it may be a T that
-// another worker knows already. Any other form comes from somebody else's clock.
+// proves reports whether a restartedAt, unless it is from the future, shows a restart for
+// a request or later. The worker's own form may be a T that another worker knows already.
 func (m moment) proves(restartedAt string, r request) bool {
 	if own, err := time.Parse(restartedAtLayout, restartedAt); err == nil {
 		return own.UnixMicro() >= r.at && own.UnixMicro() <= max(m.clock.Add(restartedAtLead).UnixMicro(), m.newest)
