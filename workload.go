@@ -22,7 +22,7 @@ type kind struct {
 	restartedAt []string // path of the field that a restart sets to T
 	unit        int64    // T is rounded up to a multiple of so many microseconds
 	// rollout is the state of an object whose status is of its present generation.
-	rollout func(object map[string]any) rolloutState
+	rollout func(spec, status map[string]any) rolloutState
 }
 
 // restartedAtAnnotation is what `kubectl rollout restart` sets too.
@@ -71,40 +71,35 @@ func (k *kind) patch(value string, preconditions map[string]string) []byte {
 
 // The first three follow `kubectl rollout status`. Only Deployments have a deadline.
 
-func deploymentRollout(object map[string]any) rolloutState {
-	for _, condition := range children(child(object, "status"), "conditions") {
+func deploymentRollout(spec, status map[string]any) rolloutState {
+	for _, condition := range children(status, "conditions") {
 		if condition["type"] == "Progressing" && condition["reason"] == "ProgressDeadlineExceeded" {
 			return failed
 		}
 	}
-	updated := number(object, "status", "updatedReplicas")
-	return completeIf(updated >= number(object, "spec", "replicas") && number(object, "status", "replicas") <= updated &&
-		number(object, "status", "availableReplicas") >= updated)
+	updated := number(status, "updatedReplicas")
+	return completeIf(updated >= number(spec, "replicas") && number(status, "replicas") <= updated &&
+		number(status, "availableReplicas") >= updated)
 }
 
-func statefulSetRollout(object map[string]any) rolloutState {
-	replicas := number(object, "spec", "replicas")
-	updating := replicas - number(object, "spec", "updateStrategy", "rollingUpdate", "partition")
-	return completeIf(number(object, "status", "readyReplicas") >= replicas && number(object, "status", "updatedReplicas") >= updating)
+func statefulSetRollout(spec, status map[string]any) rolloutState {
+	replicas := number(spec, "replicas")
+	updating := replicas - number(child(child(spec, "updateStrategy"), "rollingUpdate"), "partition")
+	return completeIf(number(status, "readyReplicas") >= replicas && number(status, "updatedReplicas") >= updating)
 }
 
-func daemonSetRollout(object map[string]any) rolloutState {
-	desired := number(object, "status", "desiredNumberScheduled")
-	return completeIf(number(object, "status", "updatedNumberScheduled") >= desired && number(object, "status", "numberAvailable") >= desired)
+func daemonSetRollout(_, status map[string]any) rolloutState {
+	desired := number(status, "desiredNumberScheduled")
+	return completeIf(number(status, "updatedNumberScheduled") >= desired && number(status, "numberAvailable") >= desired)
 }
 
 // https://argo-rollouts.readthedocs.io/en/stable/features/restart/
-func argoRollout(object map[string]any) rolloutState {
-	at := func(path ...string) time.Time {
-		text, _, _ := unstructured.NestedString(object, path...)
-		t, _ := time.Parse(time.RFC3339, text)
-		return t
-	}
-	phase := child(object, "status")["phase"]
-	if phase == "Degraded" {
+func argoRollout(spec, status map[string]any) rolloutState {
+	if status["phase"] == "Degraded" {
 		return failed
 	}
-	return completeIf(phase == "Healthy" && !at("status", "restartedAt").Before(at("spec", "restartAt")))
+	restarted := !instant(status, "restartedAt").Before(instant(spec, "restartAt"))
+	return completeIf(status["phase"] == "Healthy" && restarted)
 }
 
 func completeIf(done bool) rolloutState {
@@ -114,9 +109,17 @@ func completeIf(done bool) rolloutState {
 	return progressing
 }
 
-func number(object map[string]any, path ...string) int64 {
-	n, _, _ := unstructured.NestedInt64(object, path...)
+// number and instant are zero if there is none.
+
+func number(object map[string]any, name string) int64 {
+	n, _ := object[name].(int64)
 	return n
+}
+
+func instant(object map[string]any, name string) time.Time {
+	text, _ := object[name].(string)
+	at, _ := time.Parse(time.RFC3339, text)
+	return at
 }
 
 // workload is an entry of the cache. It never changes; a newer one replaces it.
@@ -185,19 +188,18 @@ func newWorkload(k *kind, u *unstructured.Unstructured) *workload {
 	}
 	for _, entry := range children(child(u.Object, "metadata"), "managedFields") {
 		_, pods, _ := unstructured.NestedFieldNoCopy(entry, "fieldsV1", "f:spec", "f:template", "f:spec")
-		text, _ := entry["time"].(string)
-		if at, err := time.Parse(time.RFC3339, text); err == nil && pods && at.After(d.updated) {
+		if at := instant(entry, "time"); pods && at.After(d.updated) {
 			d.updated = at
 		}
 	}
-	spec := child(u.Object, "spec")
+	spec, status := child(u.Object, "spec"), child(u.Object, "status")
 	d.paused, _ = spec["paused"].(bool)
 	d.onDelete = child(spec, "updateStrategy")["type"] == "OnDelete"
 	d.restartedAt, _, _ = unstructured.NestedString(u.Object, k.restartedAt...)
 	// Argo Rollouts writes it as a string.
-	observed, _ := strconv.ParseInt(fmt.Sprint(child(u.Object, "status")["observedGeneration"]), 10, 64)
+	observed, _ := strconv.ParseInt(fmt.Sprint(status["observedGeneration"]), 10, 64)
 	if observed >= u.GetGeneration() {
-		d.rollout = k.rollout(u.Object)
+		d.rollout = k.rollout(spec, status)
 	}
 	podImages(child(child(spec, "template"), "spec"), d.use)
 	return d
