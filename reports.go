@@ -211,7 +211,7 @@ func (f *followed) stored(age time.Duration) {
 	if state := f.next.State; state == complete || state == failed {
 		if !found && !f.counted {
 			rollouts(rolloutStates[state]).Inc()
-			rolloutSeconds.observe(age)
+			rolloutSeconds.Update(age.Seconds())
 		}
 		f.counted = true
 	} else if state == unmatched && f.announced && f.written.RequestedAt == "" {

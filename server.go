@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -276,40 +275,9 @@ func newCounters(set *metrics.Set, name string, values ...string) counters {
 	return c
 }
 
-// histogram counts durations in Prometheus' le buckets. PromQL cannot compute quantiles
-// from the library's own.
-type histogram struct {
-	mu     sync.Mutex
-	counts [len(bucketBounds) + 1]uint64 // the last is of what exceeds all bounds
-	sum    float64                       // seconds
-}
+var bucketBounds = []float64{1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 3600}
 
-var bucketBounds = [...]float64{1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 3600}
-
-func newHistogram(set *metrics.Set, name string) *histogram {
-	h := &histogram{}
-	set.RegisterMetricsWriter(func(w io.Writer) { h.write(w, metricPrefix+name) })
-	return h
-}
-
-func (h *histogram) observe(d time.Duration) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	i, _ := slices.BinarySearch(bucketBounds[:], d.Seconds())
-	h.counts[i]++
-	h.sum += d.Seconds()
-}
-
-func (h *histogram) write(w io.Writer, name string) {
-	h.mu.Lock()
-	counts, sum := h.counts, h.sum
-	h.mu.Unlock() // a client that reads slowly must not hold up observe
-	metrics.WriteMetadataIfNeeded(w, name, "histogram")
-	var n uint64
-	for i, bound := range bucketBounds {
-		n += counts[i]
-		fmt.Fprintf(w, "%s_bucket{le=\"%g\"} %d\n", name, bound, n)
-	}
-	n += counts[len(bucketBounds)]
-	fmt.Fprintf(w, "%s_bucket{le=\"+Inf\"} %d\n%s_sum %g\n%s_count %d\n", name, n, name, sum, name, n)
+// newHistogram has le buckets: PromQL computes no quantiles from the library's own.
+func newHistogram(set *metrics.Set, name string) *metrics.PrometheusHistogram {
+	return set.NewPrometheusHistogramExt(metricPrefix+name, bucketBounds)
 }

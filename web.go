@@ -204,7 +204,7 @@ func (s *web) answer(c *call, route route) (body any, err error) {
 	case err != nil:
 		return nil, &denial{status: http.StatusUnauthorized, reason: err}
 	}
-	verifySeconds.observe(time.Since(start))
+	verifySeconds.UpdateDuration(start)
 	c.check = "claims"
 	if err := s.policy.checkClaims(c.claims); err != nil {
 		return nil, &denial{status: http.StatusForbidden, reason: err}
@@ -240,7 +240,7 @@ func (s *web) event(c *call) (any, error) {
 	start, reserved := time.Now(), s.quota.take(c.claims.get("repository_id"), len(images))
 	// A client that hangs up must not keep the answer away, which says what it used.
 	p, err := s.publish(context.WithoutCancel(c.r.Context()), images, reserved)
-	publishSeconds.observe(time.Since(start))
+	publishSeconds.UpdateDuration(start)
 	s.quota.take(c.claims.get("repository_id"), p.added-reserved)
 	if err != nil {
 		return nil, &denial{http.StatusServiceUnavailable, "the request was not accepted, try again", err}

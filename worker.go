@@ -417,7 +417,7 @@ func (w *worker) patch(ctx context.Context, d *workload, next decision, versione
 		return nil
 	}
 	restarts(d.kind.name).Inc()
-	restartSeconds.observe(w.requests.moment().age(next.request.at))
+	restartSeconds.Update(w.requests.moment().age(next.request.at).Seconds())
 	if w.cfg.Events {
 		go w.record(d, next)
 	}
