@@ -135,14 +135,7 @@ func newTestWorker(t *testing.T, kube *fake.KubernetesAPI, m *miniredis.Miniredi
 	cfg := valkeyConfig{Addr: m.Addr(), Channel: "krt"}
 	logs := &logBuffer{}
 	log := slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	source, err := newSubscriber(cfg, log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pub, err := newPublisher(cfg, log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	source, pub := newSubscriber(cfg, log), newPublisher(cfg, log)
 	wc := workerConfig{Kinds: kinds[:1], CatchUp: time.Hour, Concurrency: 4, ClusterName: "test",
 		ImagePrefixes: imagePrefixes{"ghcr.io/acme", "docker.io/library"}}
 	for _, f := range adjust {

@@ -203,10 +203,7 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 		log.Warn("TRUST_POLICY (--trust-policy): event_name allows events that people without write access can cause", "rules", rules)
 	}
 	verifier := newVerifier(cfg.Issuer, cfg.Audience, issuer, log, time.Now)
-	publisher, err := newPublisher(cfg.Valkey, log)
-	if err != nil {
-		return err
-	}
+	publisher := newPublisher(cfg.Valkey, log)
 	defer publisher.close()
 
 	waiting := make(chan struct{}, maxWaiting)
@@ -233,10 +230,7 @@ func runWorker(ctx context.Context, args []string, getenv func(string) string, s
 }
 
 func serveWorker(ctx context.Context, cfg *workerConfig, client dynamic.Interface, log *slog.Logger) error {
-	source, err := newSubscriber(cfg.Valkey, log)
-	if err != nil {
-		return err
-	}
+	source := newSubscriber(cfg.Valkey, log)
 	defer source.close()
 	worker := newWorker(*cfg, client, source, log, time.Now)
 	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, task: worker.run, metrics: workerMetrics}

@@ -17,10 +17,9 @@ import (
 	"github.com/valkey-io/valkey-go"
 )
 
-// The ledger is one sorted set in Valkey, <channel>:requested. Its members are
-// canonical references, their scores the T of the newest request for each: a
-// logical clock in microseconds that follows Valkey's own. PubSub messages are
-// the fast path; the ledger is what a 202 promises.
+// The ledger is one sorted set in Valkey, <channel>:requested: canonical references by
+// the T of their newest request, a logical clock in microseconds that follows Valkey's.
+// PubSub messages are the fast path; the ledger is what a 202 promises.
 
 const (
 	// ledgerAge is how long a request stays in the ledger at least. A T further
@@ -44,24 +43,21 @@ const (
 	maxElement = 16 << 10
 )
 
-// publishScript writes the images ARGV[3..] to the ledger KEYS[1] and publishes
-// them on the channel ARGV[1], all or none: none, with T 0, if more of them are new
-// than ARGV[2]. They share one T: Valkey's time, or one more than the newest T in
-// the ledger, so that T grows over all images whatever becomes of the clock. Entries
-// more than a day ahead are dated anew. Old entries are removed only when the bound
-// is near: a clock that is ahead for a while must delete nothing.
+// publishScript writes the images ARGV[3..] to the ledger KEYS[1] and publishes them on
+// the channel ARGV[1], all or none: none, with T 0, if more are new than ARGV[2]. Their T
+// grows over all images, whatever becomes of the clock. Entries more than a day ahead are
+// dated anew. Old ones are removed only when the bound is near: a clock that is ahead for
+// a while must delete nothing.
 //
-// Scores are formatted with %.0f because Lua prints 14 digits; a double holds
-// these 16 exactly until the year 2255. The message is concatenated because cjson
-// escapes slashes; a canonical reference has nothing that JSON would escape.
+// Lua prints 14 digits of a number, and micros all 16. A double holds them until 2255.
+// cjson would escape the slashes of a reference, which has nothing else to escape.
 var publishScript = valkey.NewLuaScript(fmt.Sprintf(`
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local day, bound = %d, %d
 local micros = function(t) return string.format('%%.0f', t) end
 local newest = redis.call('ZRANGE', KEYS[1], micros(now + day), '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, 1, 'WITHSCORES')
-local t = math.max(now, tonumber(newest[2] or 0) + 1)
-local added = 0
+local at, added = micros(math.max(now, tonumber(newest[2] or 0) + 1)), 0
 for i = 3, #ARGV do
   local score = redis.call('ZSCORE', KEYS[1], ARGV[i])
   if not score or tonumber(score) < now - day then added = added + 1 end
@@ -73,15 +69,12 @@ if added > 0 and redis.call('ZCARD', KEYS[1]) + added > bound then
     return redis.error_reply('FULL too many images were requested within a day')
   end
 end
-local at = micros(t)
-for i = 3, #ARGV do
-  redis.call('ZADD', KEYS[1], at, ARGV[i])
-end
+local subscribers = 0
 for _, image in ipairs(redis.call('ZRANGE', KEYS[1], '(' .. micros(now + day), '+inf', 'BYSCORE')) do
   redis.call('ZADD', KEYS[1], at, image)
 end
-local subscribers = 0
 for i = 3, #ARGV do
+  redis.call('ZADD', KEYS[1], at, ARGV[i])
   subscribers = redis.call('PUBLISH', ARGV[1], '{"image":"' .. ARGV[i] .. '","requestedAt":' .. at .. '}')
 end
 return {at, subscribers, added}
@@ -89,14 +82,12 @@ return {at, subscribers, added}
 
 var errBusy = errors.New("too many requests in flight to valkey")
 
-// publisher is web's side of Valkey. Reports have a connection of their own, so that
-// they keep no request waiting.
+// publisher is web's side of Valkey.
 type publisher struct {
-	client, reader valkey.Client
-	channel        string
-	timeout        time.Duration
-	publishing     chan struct{} // a slot for each request
-	reading        chan struct{} // a slot for each GET /rollout that is not waiting
+	connections
+	timeout    time.Duration
+	publishing atomic.Int64  // requests in flight
+	reading    chan struct{} // a slot for each GET /rollout that is not waiting
 }
 
 // publication is what publishScript returns.
@@ -106,21 +97,15 @@ type publication struct {
 	added       int   // images that nobody had requested within a day
 }
 
-// newPublisher works without a reachable Valkey: the client connects when it is
-// used. An error is a configuration that can never work.
-func newPublisher(cfg valkeyConfig, log *slog.Logger) (*publisher, error) {
-	client, reader, err := newValkeyClients(cfg, log)
-	return &publisher{client, reader, cfg.Channel, publishTimeout, make(chan struct{}, maxPublishing), make(chan struct{}, maxReading)}, err
+func newPublisher(cfg valkeyConfig, log *slog.Logger) *publisher {
+	return &publisher{connections: connect(cfg, log), timeout: publishTimeout, reading: make(chan struct{}, maxReading)}
 }
 
-// publish runs publishScript, again and again if Valkey is restarting. It returns
-// the last error. After one the images may be in the ledger nevertheless, if only
-// the answer was lost.
+// publish runs publishScript, again and again if Valkey is restarting. After an error
+// the images may be in the ledger nevertheless, if only the answer was lost.
 func (p *publisher) publish(ctx context.Context, images []string, mayAdd int) (publication, error) {
-	select {
-	case p.publishing <- struct{}{}:
-		defer func() { <-p.publishing }()
-	default:
+	defer p.publishing.Add(-1)
+	if p.publishing.Add(1) > maxPublishing {
 		return publication{}, errBusy
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
@@ -140,9 +125,8 @@ func (p *publisher) publish(ctx context.Context, images []string, mayAdd int) (p
 	}
 }
 
-// readyScript fails unless publishScript would work: the user may run all its
-// commands, and Valkey takes a write. ZADD XX changes nothing, since no image is
-// empty, but is refused as a change would be (READONLY, OOM, MISCONF, WRONGTYPE).
+// readyScript fails unless the user may run all that publishScript does, and Valkey takes
+// a write. ZADD XX changes nothing here, but is refused as a change would be.
 var readyScript = valkey.NewLuaScript(`
 local needed = {
   {'TIME'}, {'ZRANGE', KEYS[1], '0', '0'}, {'ZSCORE', KEYS[1], ''}, {'ZCARD', KEYS[1]},
@@ -161,32 +145,22 @@ func (p *publisher) ready(ctx context.Context) error {
 	return valkeyError("checking", readyScript.Exec(ctx, p.client, []string{ledgerKey(p.channel)}, []string{p.channel}).Error())
 }
 
-func (p *publisher) close() {
-	p.client.Close()
-	p.reader.Close()
-}
-
-// subscriber is the worker's side of Valkey. Messages and reads have a connection
-// each, because a command that the callback sends on the subscribing connection
-// can deadlock valkey-go.
+// subscriber is the worker's side of Valkey.
 type subscriber struct {
-	messages, reader valkey.Client
-	channel          string
-	log              *slog.Logger
-	subscribed       health
+	connections
+	log        *slog.Logger
+	subscribed health
 }
 
-// newSubscriber works without a reachable Valkey, as newPublisher does.
-func newSubscriber(cfg valkeyConfig, log *slog.Logger) (*subscriber, error) {
-	messages, reader, err := newValkeyClients(cfg, log)
-	s := &subscriber{messages: messages, reader: reader, channel: cfg.Channel, log: log}
+func newSubscriber(cfg valkeyConfig, log *slog.Logger) *subscriber {
+	s := &subscriber{connections: connect(cfg, log), log: log}
 	s.subscribed.set(errors.New("not subscribed yet"))
-	return s, err
+	return s
 }
 
-// run stays subscribed until ctx is done. It calls received for each message and
-// confirmed after each confirmed (re)subscription: what was published before that
-// is in the ledger only. Neither may block.
+// run stays subscribed until ctx is done. It calls received for each message, and
+// confirmed after each (re)subscription: older messages are in the ledger only.
+// Neither may block.
 func (s *subscriber) run(ctx context.Context, received func(message string), confirmed func()) {
 	ctx = valkey.WithOnSubscriptionHook(ctx, func(sub valkey.PubSubSubscription) {
 		if sub.Kind != "subscribe" {
@@ -198,7 +172,7 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 		confirmed()
 	})
 	for ; ctx.Err() == nil; sleep(ctx, valkeyRetryDelay) {
-		err := s.messages.Receive(ctx, s.messages.B().Subscribe().Channel(s.channel).Build(),
+		err := s.client.Receive(ctx, s.client.B().Subscribe().Channel(s.channel).Build(),
 			func(m valkey.PubSubMessage) { received(m.Message) })
 		err = cmp.Or(err, errors.New("the subscription ended")) // nil is valkey-go's answer to an UNSUBSCRIBE
 		err = valkeyError("subscribing to "+s.channel, err)
@@ -221,10 +195,9 @@ func (s *subscriber) time(ctx context.Context) (time.Time, error) {
 	return time.Unix(clock[0], clock[1]*int64(time.Microsecond)), nil
 }
 
-// ledger yields the ledger's entries since a time, the newest first, in pages. It
-// yields them as they stand: the caller validates them. An error ends it. An entry
-// that gets a newer T meanwhile moves to the front and has a message of its own;
-// it makes the pages overlap and hides no other.
+// ledger yields the entries since a time, the newest first, as they stand: the caller
+// validates them. One that gets a newer T meanwhile moves to the front, so that the pages
+// overlap and hide none. An error is the last that it yields.
 func (s *subscriber) ledger(ctx context.Context, since time.Time) iter.Seq2[message, error] {
 	oldest := strconv.FormatInt(since.UnixMicro(), 10)
 	return func(yield func(message, error) bool) {
@@ -247,11 +220,6 @@ func (s *subscriber) ledger(ctx context.Context, since time.Time) iter.Seq2[mess
 	}
 }
 
-func (s *subscriber) close() {
-	s.messages.Close()
-	s.reader.Close()
-}
-
 func ledgerKey(channel string) string { return channel + ":requested" }
 
 // health is an error that comes and goes; nil means that all is well.
@@ -259,30 +227,32 @@ type health struct{ err atomic.Pointer[error] }
 
 // set reports whether the error is another one than before.
 func (h *health) set(err error) (changed bool) {
-	previous := h.get()
-	h.err.Store(&err)
-	return fmt.Sprint(previous) != fmt.Sprint(err)
+	previous := h.err.Swap(&err)
+	return previous == nil || fmt.Sprint(*previous) != fmt.Sprint(err)
 }
 
-func (h *health) get() error {
-	if err := h.err.Load(); err != nil {
-		return *err
-	}
-	return nil
+// get returns what was set last.
+func (h *health) get() error { return *h.err.Load() }
+
+// connections are the two of a process. Reads have their own: web's would keep requests
+// waiting, and the worker's could deadlock valkey-go on the subscribing connection.
+type connections struct {
+	client, reader valkey.Client
+	channel        string
 }
 
-// newValkeyClients returns two clients. An error ends the process.
-func newValkeyClients(cfg valkeyConfig, log *slog.Logger) (one, other valkey.Client, err error) {
-	if one, err = newValkeyClient(cfg, log); err == nil {
-		other, err = newValkeyClient(cfg, log)
-	}
-	return one, other, err
+func connect(cfg valkeyConfig, log *slog.Logger) connections {
+	return connections{newValkeyClient(cfg, log), newValkeyClient(cfg, log), cfg.Channel}
 }
 
-// newValkeyClient returns a client of one connection that notices a dead or silent
-// peer within 5 s: valkey-go pings an idle connection every KeepAlive and waits
-// ConnWriteTimeout for the answer.
-func newValkeyClient(cfg valkeyConfig, log *slog.Logger) (valkey.Client, error) {
+func (c *connections) close() {
+	c.client.Close()
+	c.reader.Close()
+}
+
+// newValkeyClient needs no reachable Valkey. It notices a dead or silent one within 5 s:
+// valkey-go pings an idle connection every KeepAlive, and waits ConnWriteTimeout.
+func newValkeyClient(cfg valkeyConfig, log *slog.Logger) valkey.Client {
 	o := valkey.ClientOption{
 		InitAddress:         []string{cfg.Addr},
 		DialCtxFn:           dialValkey,
@@ -304,14 +274,11 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger) (valkey.Client, error) 
 	if cfg.TLS {
 		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.TLSRoots}
 	}
-	client, err := valkey.NewClient(o)
-	if client == nil {
-		return nil, fmt.Errorf("connecting to valkey at %s: %w", cfg.Addr, err)
-	}
-	if err != nil { // it connects once Valkey is there
+	client, err := valkey.NewClient(o) // with one address, there always is one
+	if err != nil {
 		log.Warn("valkey cannot be reached yet", "addr", cfg.Addr, "err", valkeyError("connecting", err))
 	}
-	return client, nil
+	return client
 }
 
 // valkeyError says what was being done, and what only an operator can fix.

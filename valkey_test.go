@@ -17,10 +17,7 @@ import (
 func newTestPublisher(t testing.TB) (*publisher, *miniredis.Miniredis) {
 	t.Helper()
 	m, cfg := testValkey(t)
-	p, err := newPublisher(cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := newPublisher(cfg, slog.New(slog.DiscardHandler))
 	t.Cleanup(p.close)
 	return p, m
 }
@@ -128,10 +125,7 @@ func TestLedgerIsBounded(t *testing.T) {
 func TestLedgerPages(t *testing.T) {
 	t.Parallel()
 	m, cfg := testValkey(t)
-	s, err := newSubscriber(cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := newSubscriber(cfg, slog.New(slog.DiscardHandler))
 	t.Cleanup(s.close)
 	now := time.Now().UnixMicro()
 	for i := range maxLedger + ledgerPage + 1 {
@@ -233,13 +227,11 @@ func TestValkeySilent(t *testing.T) {
 // What exceeds the bound is refused at once.
 func TestPublishIsBounded(t *testing.T) {
 	pub, _ := newTestPublisher(t)
-	for range maxPublishing {
-		pub.publishing <- struct{}{}
-	}
+	pub.publishing.Add(maxPublishing)
 	if _, err := pub.publish(t.Context(), []string{apiDev}, maxLedger); !errors.Is(err, errBusy) {
 		t.Errorf("got %v", err)
 	}
-	<-pub.publishing
+	pub.publishing.Add(-1)
 	if _, err := pub.publish(t.Context(), []string{apiDev}, maxLedger); err != nil {
 		t.Errorf("with a slot free: %v", err)
 	}

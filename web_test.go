@@ -57,10 +57,7 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 	t.Helper()
 	log := slog.New(slog.NewJSONHandler(logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	m, cfg := testValkey(t)
-	pub, err := newPublisher(cfg, log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	pub := newPublisher(cfg, log)
 	t.Cleanup(pub.close)
 	p := mustPolicy(t, []string{"acme"}, nil, trust)
 	stopping, stop := context.WithCancel(t.Context())
