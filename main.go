@@ -206,13 +206,12 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	publisher := newPublisher(cfg.Valkey, log)
 	defer publisher.close()
 
-	waiting := make(chan struct{}, maxWaiting)
-	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr, metrics: webMetrics}
-	s.measure = func() { rolloutWaiting.Set(float64(len(waiting))) }
+	api := &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish,
+		readRollout: publisher.readRollout, stopping: ctx.Done()}
+	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr, api: api, metrics: webMetrics}
+	s.measure = func() { rolloutWaiting.Set(float64(api.waiting.Load())) }
 	s.ready = func(ctx context.Context) error { return cmp.Or(verifier.ready(), publisher.ready(ctx)) }
 	s.task = func(ctx context.Context) error { verifier.run(ctx); return nil }
-	s.api = &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish,
-		readRollout: publisher.readRollout, waiting: waiting, stopping: ctx.Done()}
 	return s.run(ctx)
 }
 

@@ -460,7 +460,7 @@ func TestRolloutWaiters(t *testing.T) {
 	for range maxWaiting {
 		go wait(ctx, all.Done)
 	}
-	eventually(t, "they wait", func() bool { return len(w.handler.waiting) == maxWaiting })
+	eventually(t, "they wait", func() bool { return w.handler.waiting.Load() == maxWaiting })
 	begun := time.Now()
 	if _, again, _ := w.rollout(apiQuery + "&wait=1m&seen=" + version); again != version || time.Since(begun) > 5*time.Second {
 		t.Errorf("one more waits for %s", time.Since(begun))
@@ -468,14 +468,14 @@ func TestRolloutWaiters(t *testing.T) {
 	w.accepted(`{"image":"ghcr.io/acme/web:dev"}`)
 	goAway()
 	all.Wait()
-	eventually(t, "nobody waits", func() bool { return len(w.handler.waiting) == 0 && runtime.NumGoroutine() < before+20 })
+	eventually(t, "nobody waits", func() bool { return w.handler.waiting.Load() == 0 && runtime.NumGoroutine() < before+20 })
 	if w.logs.has(`"msg":"denied"`) {
 		t.Error("those who go away are called denied")
 	}
 
 	all.Add(1)
 	go wait(t.Context(), all.Done)
-	eventually(t, "one waits", func() bool { return len(w.handler.waiting) == 1 })
+	eventually(t, "one waits", func() bool { return w.handler.waiting.Load() == 1 })
 	begun = time.Now()
 	w.stop()
 	if all.Wait(); time.Since(begun) > 5*time.Second {

@@ -40,15 +40,14 @@ type web struct {
 	verifier *verifier
 	policy   *policy
 	prefixes imagePrefixes
-	// publish writes the images to the ledger and publishes them, all or none: none,
-	// with T 0, if more of them are new than mayAdd.
-	publish func(ctx context.Context, images []string, mayAdd int) (publication, error)
-	quota   quota
-	denials logLimit
-	// readRollout reads what became of the newest requests. See publisher.readRollout.
+	quota    quota
+	denials  atomic.Int64    // of unauthenticated callers, in denialInterval
+	waiting  atomic.Int64    // GET /rollout in flight
+	stopping <-chan struct{} // closed when none shall wait any more
+
+	// These are the publisher's.
+	publish     func(ctx context.Context, images []string, mayAdd int) (publication, error)
 	readRollout func(ctx context.Context, images []string, since, seen string) (*rollout, error)
-	waiting     chan struct{}   // a slot for each GET /rollout
-	stopping    <-chan struct{} // closed when none shall wait any more
 }
 
 // accepted is the body of a 202.
@@ -65,21 +64,22 @@ type errorBody struct {
 	RequestID string `json:"requestId"`
 }
 
-// denial is an answer other than 202. The caller sees answer; reason is for the
-// log. Foreign text in either is sanitized.
+// denial is an error with its answer. Foreign text in it is sanitized.
 type denial struct {
 	status int
-	answer string // empty: nothing but the status
-	reason error
+	answer string // to the caller; empty: nothing but the status
+	reason error  // for the log
 }
-
-// loggedClaims are the claims that a log line about a verified job has.
-var loggedClaims = []string{"repository", "event_name", "ref", "sha", "actor", "environment", "job_workflow_ref", "run_id", "run_attempt", "check_run_id"}
 
 func (d *denial) Error() string { return d.reason.Error() }
 
-// tell tells the caller the reason, which only an authenticated one may learn.
-func tell(status int, reason error) error { return &denial{status, reason.Error(), reason} }
+// tell tells the caller the reason, if there is one. Only an authenticated one may learn it.
+func tell(status int, reason error) error {
+	if reason == nil {
+		return nil
+	}
+	return &denial{status, reason.Error(), reason}
+}
 
 // route is how web answers a job that may ask for something.
 type route struct {
@@ -91,22 +91,25 @@ type route struct {
 	count   counters // by outcome
 }
 
-// call is a request of a job.
-type call struct {
-	w      http.ResponseWriter
-	r      *http.Request
-	id     string // requestId
-	start  time.Time
-	claims claims // nil until the token is verified
-	check  string // that runs now: the outcome if it fails
-	line   []slog.Attr
-}
-
 var routes = map[string]route{
 	"/event":   {http.MethodPost, (*web).event, http.StatusAccepted, slog.LevelInfo, "accepted", eventRequests},
 	"/rollout": {http.MethodGet, (*web).rollout, http.StatusOK, slog.LevelDebug, "rollout", rolloutRequests},
 	"/healthz": {method: http.MethodGet},
 }
+
+// call is a request of a job, and how it ends.
+type call struct {
+	route
+	w      http.ResponseWriter
+	r      *http.Request
+	id     string // requestId
+	claims claims // nil until the token is verified
+	check  string // that runs now: the outcome if it fails
+	line   []slog.Attr
+}
+
+// loggedClaims are the claims that a log line about a verified job has.
+var loggedClaims = []string{"repository", "event_name", "ref", "sha", "actor", "environment", "job_workflow_ref", "run_id", "run_attempt", "check_run_id"}
 
 // ServeHTTP answers the routes, and nothing else.
 func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -121,71 +124,63 @@ func (s *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.Set("Allow", route.method)
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	case route.handle != nil:
-		s.serve(w, r, route)
+		s.serve(&call{route: route, w: w, r: r, id: rand.Text()})
 	default:
 		io.WriteString(w, "ok\n")
 	}
 }
 
 // serve answers a request of a job and logs one line about it.
-func (s *web) serve(w http.ResponseWriter, r *http.Request, route route) {
-	c := &call{w: w, r: r, id: rand.Text(), start: time.Now()}
-	w.Header().Set("X-Request-Id", c.id)
-
-	body, err := s.answer(c, route)
-	if err == nil {
-		route.count("ok").Inc()
-		s.logCall(c, route.level, route.message, route.status, c.line...)
-		writeJSON(w, route.status, body)
-		return
+func (s *web) serve(c *call) {
+	start := time.Now()
+	c.w.Header().Set("X-Request-Id", c.id)
+	body, err := s.answer(c)
+	if err != nil {
+		body = c.deny(err)
 	}
+	c.count(c.check).Inc()
+	if c.claims != nil || s.mayLogDenial() {
+		line := []slog.Attr{slog.String("request_id", c.id), slog.String("remote", c.r.RemoteAddr), slog.String("duration", time.Since(start).String())}
+		for _, name := range loggedClaims {
+			if value := c.claims.get(name); value != "" {
+				line = append(line, slog.String(name, sanitize(value)))
+			}
+		}
+		s.log.LogAttrs(c.r.Context(), c.level, c.message, append(append(line, slog.Int("status", c.status)), c.line...)...)
+	}
+	c.w.Header().Set("Content-Type", "application/json")
+	c.w.WriteHeader(c.status)
+	enc := json.NewEncoder(c.w)
+	enc.SetEscapeHTML(false) // a job's log shows it as plain text
+	enc.Encode(body)         // a client that is gone cannot be told
+}
+
+// deny makes the call one that ended with an error, and returns its body.
+func (c *call) deny(err error) *errorBody {
 	d := &denial{status: http.StatusInternalServerError, reason: err}
 	errors.As(err, &d)
+	c.status, c.level, c.message = d.status, slog.LevelInfo, "denied"
+	c.line = []slog.Attr{slog.String("reason", d.reason.Error())}
+	answer := "access denied"
+	if d.status >= http.StatusInternalServerError {
+		c.level, answer = slog.LevelError, http.StatusText(d.status)
+	}
 	switch d.status {
+	case http.StatusUnauthorized:
+		c.w.Header().Set("WWW-Authenticate", "Bearer")
 	case http.StatusNotFound:
 		c.check = "unknown"
 	case http.StatusInternalServerError:
 		c.check = "bug"
-	}
-	route.count(c.check).Inc()
-	if c.claims != nil || s.denials.allow(s.log) {
-		level := slog.LevelInfo
-		if d.status >= http.StatusInternalServerError {
-			level = slog.LevelError
-		}
-		s.logCall(c, level, "denied", d.status, slog.String("reason", d.reason.Error()))
-	}
-	d.write(w, c.id)
-}
-
-func (s *web) logCall(c *call, level slog.Level, message string, status int, more ...slog.Attr) {
-	line := []slog.Attr{slog.String("request_id", c.id), slog.String("remote", c.r.RemoteAddr), slog.String("duration", time.Since(c.start).String())}
-	for _, name := range loggedClaims {
-		if value := c.claims.get(name); value != "" {
-			line = append(line, slog.String(name, sanitize(value)))
-		}
-	}
-	s.log.LogAttrs(c.r.Context(), level, message, append(append(line, slog.Int("status", status)), more...)...)
-}
-
-func (d *denial) write(w http.ResponseWriter, id string) {
-	switch d.status {
-	case http.StatusUnauthorized:
-		w.Header().Set("WWW-Authenticate", "Bearer")
 	case http.StatusServiceUnavailable:
-		w.Header().Set("Retry-After", retryAfter)
+		c.w.Header().Set("Retry-After", retryAfter)
 	}
-	text := cmp.Or(d.answer, "access denied")
-	if d.answer == "" && d.status >= http.StatusInternalServerError {
-		text = http.StatusText(d.status)
-	}
-	writeJSON(w, d.status, &errorBody{text, id})
+	return &errorBody{cmp.Or(d.answer, answer), c.id}
 }
 
-// answer verifies the token and checks its claims before anything else is read, so
-// that only an authorized job learns what is wrong with its request. A panic becomes
-// an error, because net/http would close the connection without an answer.
-func (s *web) answer(c *call, route route) (body any, err error) {
+// answer verifies the token and its claims before anything else is read: only an
+// authorized job learns what is wrong with its request. net/http answers no panic.
+func (s *web) answer(c *call) (body any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -210,7 +205,10 @@ func (s *web) answer(c *call, route route) (body any, err error) {
 		return nil, &denial{status: http.StatusForbidden, reason: err}
 	}
 	c.check = "request"
-	return route.handle(s, c)
+	if body, err = c.handle(s, c); err == nil {
+		c.check = "ok"
+	}
+	return body, err
 }
 
 // allow checks that the job may restart the images.
@@ -221,10 +219,7 @@ func (s *web) allow(c *call, images []string) error {
 			return tell(http.StatusForbidden, fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image))
 		}
 	}
-	if err := s.policy.checkImages(c.claims, images); err != nil {
-		return tell(http.StatusForbidden, err)
-	}
-	return nil
+	return tell(http.StatusForbidden, s.policy.checkImages(c.claims, images))
 }
 
 // event handles POST /event.
@@ -310,10 +305,8 @@ func (s *web) rollout(c *call) (any, error) {
 		return nil, err
 	}
 	c.check = "valkey"
-	select {
-	case s.waiting <- struct{}{}:
-		defer func() { <-s.waiting }()
-	default:
+	defer s.waiting.Add(-1)
+	if s.waiting.Add(1) > maxWaiting {
 		q.wait = 0
 	}
 	http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(q.wait + writeTimeout))
@@ -343,12 +336,9 @@ func (s *web) rollout(c *call) (any, error) {
 // scheme may be in any case (RFC 9110, section 11.1).
 func bearerToken(r *http.Request) (string, error) {
 	headers := r.Header.Values("Authorization")
-	if len(headers) != 1 {
-		return "", fmt.Errorf("%d Authorization headers instead of one", len(headers))
-	}
-	scheme, token, ok := strings.Cut(headers[0], " ")
-	if !ok || !strings.EqualFold(scheme, "Bearer") || token == "" {
-		return "", errors.New("the Authorization header is not a bearer token")
+	scheme, token, _ := strings.Cut(strings.Join(headers, ""), " ")
+	if len(headers) != 1 || !strings.EqualFold(scheme, "Bearer") || token == "" {
+		return "", fmt.Errorf("expected one Authorization header with a bearer token; the request has %d", len(headers))
 	}
 	return token, nil
 }
@@ -367,18 +357,7 @@ func readImages(w http.ResponseWriter, r *http.Request) ([]string, error) {
 		return nil, tell(http.StatusBadRequest, errors.New("the body could not be read"))
 	}
 	images, err := parseRequest(body)
-	if err != nil {
-		return nil, tell(http.StatusBadRequest, err)
-	}
-	return images, nil
-}
-
-func writeJSON(w http.ResponseWriter, status int, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false) // a job's log shows it as plain text
-	enc.Encode(v)            // a client that is gone cannot be told
+	return images, tell(http.StatusBadRequest, err)
 }
 
 // quota counts what each repository has added to the ledger on a day of this process.
@@ -400,16 +379,14 @@ func (q *quota) take(repository string, n int) int {
 	return n
 }
 
-// logLimit keeps unauthenticated callers from rotating the other log lines away.
-type logLimit struct{ lines atomic.Int64 }
-
-// allow reports whether there may be one more line. It logs how many there were not.
-func (l *logLimit) allow(log *slog.Logger) bool {
-	n := l.lines.Add(1)
+// mayLogDenial keeps unauthenticated callers from rotating the other log lines away. It
+// logs how many of their denials are not logged.
+func (s *web) mayLogDenial() bool {
+	n := s.denials.Add(1)
 	if n == 1 {
 		time.AfterFunc(denialInterval, func() {
-			if suppressed := l.lines.Swap(0) - maxDenialLines; suppressed > 0 {
-				log.Warn("denials not logged", "count", suppressed)
+			if suppressed := s.denials.Swap(0) - maxDenialLines; suppressed > 0 {
+				s.log.Warn("denials not logged", "count", suppressed)
 			}
 		})
 	}

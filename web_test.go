@@ -62,7 +62,7 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 	p := mustPolicy(t, []string{"acme"}, nil, trust)
 	stopping, stop := context.WithCancel(t.Context())
 	h := &web{log: log, verifier: v, policy: p, prefixes: imagePrefixes{"ghcr.io/acme"}, publish: pub.publish,
-		readRollout: pub.readRollout, waiting: make(chan struct{}, maxWaiting), stopping: stopping.Done()}
+		readRollout: pub.readRollout, stopping: stopping.Done()}
 	s := httptest.NewUnstartedServer(nil)
 	s.Config = newServer(h, headerTimeout, log)
 	s.Start()
