@@ -70,9 +70,8 @@ type workerConfig struct {
 	ClusterName       string        // tells clusters apart in logs and reports
 }
 
-// option is one setting: an environment variable and the flag of the same name.
-// The tables below are the only source of parsing, of -h, and of the test that
-// compares docs/configuration.md with them.
+// option is an environment variable and the flag of the same name. The tables below are
+// the only source of parsing, of -h, and of the test of docs/configuration.md.
 type option struct {
 	env, def, usage string
 	unset           string // shown in help when there is no default
@@ -95,12 +94,15 @@ func (c *commonConfig) options() []option {
 		{env: "VALKEY_ADDR", required: true, usage: "host:port of Valkey", set: text(&c.Valkey.Addr, isDialAddr)},
 		{env: "VALKEY_USERNAME", usage: "user name for Valkey's AUTH", set: text(&c.Valkey.Username)},
 		{env: "VALKEY_PASSWORD", secret: true, usage: "password for Valkey's AUTH", set: text(&c.Valkey.Password)},
-		{env: "VALKEY_TLS_ENABLED", def: "false", boolean: true, usage: "speak TLS to Valkey",
-			expected: "true or false", set: into(&c.Valkey.TLS, strconv.ParseBool)},
+		boolOption("VALKEY_TLS_ENABLED", "speak TLS to Valkey", &c.Valkey.TLS),
 		{env: "VALKEY_TLS_CA_FILE", unset: "system roots", usage: "PEM file with the CA of Valkey's certificate", set: into(&c.Valkey.TLSRoots, c.readRoots)},
 		{env: "VALKEY_CHANNEL", def: "kuberollouttrigger", usage: "PubSub channel; keys begin with it and a colon",
 			expected: "1 to 128 letters, digits, dots, dashes, underscores or colons", set: text(&c.Valkey.Channel, channelRE.MatchString)},
 	}
+}
+
+func boolOption(env, usage string, field *bool) option {
+	return option{env: env, def: "false", boolean: true, usage: usage, expected: "true or false", set: into(field, strconv.ParseBool)}
 }
 
 func prefixOption(p *imagePrefixes) option {
@@ -144,10 +146,8 @@ func (c *workerConfig) options() []option {
 			expected: "a number from 0 to 6000", set: into(&c.RestartsPerMinute, strconv.Atoi, isRestartsPerMinute)},
 		{env: "WORKER_CONCURRENCY", def: "16", usage: "patches in flight at once, 1 to 256",
 			expected: "a number from 1 to 256", set: into(&c.Concurrency, strconv.Atoi, isConcurrency)},
-		{env: "WORKER_DRY_RUN", def: "false", boolean: true, usage: "send patches that change nothing, and log what would restart",
-			expected: "true or false", set: into(&c.DryRun, strconv.ParseBool)},
-		{env: "WORKER_EVENTS", def: "false", boolean: true, usage: "write an Event about each restart, for kubectl describe",
-			expected: "true or false", set: into(&c.Events, strconv.ParseBool)},
+		boolOption("WORKER_DRY_RUN", "send patches that change nothing, and log what would restart", &c.DryRun),
+		boolOption("WORKER_EVENTS", "write an Event about each restart, for kubectl describe", &c.Events),
 		{env: "CLUSTER_NAME", def: "default", usage: "name of the cluster in logs and reports, another in each cluster",
 			expected: "1 to 63 letters, digits, dots, dashes or underscores", set: text(&c.ClusterName, clusterRE.MatchString)},
 	}...)
@@ -156,8 +156,7 @@ func (c *workerConfig) options() []option {
 // configuration is what a subcommand reads from its flags and the environment.
 type configuration interface{ options() []option }
 
-// usageError is a mistake in the command line or the environment; the process
-// exits with 2.
+// usageError is a mistake in the configuration. The process exits with 2.
 type usageError struct{ error }
 
 // parseConfig sets the options of cfg: a flag overrides the environment, and an
@@ -179,16 +178,16 @@ func parseFlags(fs *flag.FlagSet, cfg configuration, args []string, getenv func(
 		}
 		define(o.flagName(), o.usage, func(v string) error { values[o.env] = v; return nil })
 	}
-	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
+	err := fs.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
 		return err
-	} else if err != nil {
+	}
+	if err == nil && fs.NArg() > 0 { // which may be a password after a stray blank
+		err = errors.New("unexpected argument; write --name=value")
+	}
+	if err != nil {
 		return usageError{fmt.Errorf("%w; see kuberollouttrigger %s -h", err, fs.Name())}
 	}
-	if fs.NArg() > 0 {
-		// The argument is not repeated: it may be a password after a stray blank.
-		return usageError{fmt.Errorf("unexpected argument; write --name=value, and see kuberollouttrigger %s -h", fs.Name())}
-	}
-
 	var missing []string
 	var wrong error
 	for _, o := range options {
@@ -207,14 +206,10 @@ func parseFlags(fs *flag.FlagSet, cfg configuration, args []string, getenv func(
 	return nil
 }
 
-// placeholder stands in k8s/ for what everybody has to choose.
-const placeholder = "REPLACE_ME"
-
-// apply sets the option. Its error names the option, and the value unless it is
-// a secret.
+// apply sets the option. Its error names it, and the value unless that is a secret.
 func (o option) apply(value string) error {
-	if strings.Contains(value, placeholder) {
-		return fmt.Errorf("%s still has the placeholder %s, as in k8s/10-config.yaml; set your own value", o, placeholder)
+	if strings.Contains(value, "REPLACE_ME") {
+		return fmt.Errorf("%s still has the placeholder REPLACE_ME, as in k8s/10-config.yaml; set your own value", o)
 	}
 	err := o.set(value)
 	if err == nil {
@@ -229,8 +224,7 @@ func (o option) apply(value string) error {
 	return fmt.Errorf("%s: %q: %w", o, value, err)
 }
 
-// printOptions writes what -h says about the options. It prints defaults, never
-// the values in the environment.
+// printOptions is for -h. It prints defaults, never the values in the environment.
 func printOptions(w io.Writer, options []option) {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, "flag\tvariable\tdefault\tmeaning")
@@ -301,8 +295,7 @@ func parseKinds(s string) (list []*kind, err error) {
 	return list, nil
 }
 
-// parseRestartInterval bounds it by the catch-up window, so that a deferred
-// request is restarted long before it expires.
+// parseRestartInterval bounds it by the catch-up window: a deferred request must not expire.
 func (c *workerConfig) parseRestartInterval(s string) (time.Duration, error) {
 	limit := cmp.Or(c.CatchUp, time.Hour) / 2
 	d, err := time.ParseDuration(s)
@@ -331,8 +324,7 @@ func isDialAddr(s string) bool {
 	return isListenAddr(s) && host != "" && !strings.ContainsAny(host, "/@ ") && strings.Trim(port, "0") != ""
 }
 
-// isIssuer takes https only: whoever can change the issuer's keys on the way can
-// mint tokens.
+// isIssuer takes https only, or the keys could be changed on their way.
 func isIssuer(s string) bool {
 	u, err := url.Parse(s)
 	return err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.RawQuery == "" && u.Fragment == ""

@@ -93,8 +93,7 @@ func exitStatus(err error, stderr io.Writer) int {
 	}
 }
 
-// run is the program. It returns when ctx is done and everything in flight is
-// finished, or when it cannot go on.
+// run is the program. It returns when ctx is done and everything in flight is finished.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
 		return usageError{errors.New("a subcommand is missing; see kuberollouttrigger help")}
@@ -164,8 +163,8 @@ func start(mode string, cfg configuration, common *commonConfig, args []string, 
 	return log, nil
 }
 
-// sanitize makes text from outside fit for a line of a log or an error:
-// printable ASCII as it is, anything else escaped, and at most 200 bytes of it.
+// sanitize makes text from outside fit for a line of a log or an error: at most 200
+// bytes of it, printable ASCII as it is, and anything else escaped.
 func sanitize(s string) string {
 	const limit = 200
 	if len(s) > limit {
@@ -250,10 +249,7 @@ func newKubernetesClient(cfg workerConfig) (dynamic.Interface, error) {
 	rc = dynamic.ConfigFor(rc)
 	rc.NegotiatedSerializer = singlePass(rc.NegotiatedSerializer)
 	requests, err := rest.UnversionedRESTClientFor(rc)
-	if err != nil {
-		return nil, err
-	}
-	return dynamic.New(requests), nil
+	return dynamic.New(requests), err
 }
 
 // kubernetesConfig reads KUBECONFIG, or without it the pod's ServiceAccount. The usual

@@ -19,37 +19,24 @@ import (
 )
 
 const (
-	// lameDuck is how long web still accepts requests after SIGTERM, for proxies
-	// that have not yet noticed.
-	lameDuck = time.Second
-
-	// drainTimeout is how long web then waits for requests in flight. The grace
-	// period in k8s/ covers the preStop, lameDuck and this.
+	// After SIGTERM, web accepts requests for lameDuck, for proxies that have not noticed,
+	// and then finishes those in flight. The grace period in k8s/ covers both.
+	lameDuck     = time.Second
 	drainTimeout = 25 * time.Second
 
-	// probeTimeout is below the second that a kubelet waits by default.
-	probeTimeout = 900 * time.Millisecond
-
-	// maxConnections bounds the memory and the requests in flight of a port.
-	// Further connections wait in the kernel. It is well above maxPublishing, so
-	// that callers get a 503 at once while Valkey is silent.
+	// maxConnections bounds the memory of a port. It is well above maxPublishing: callers
+	// get a 503 at once while Valkey is silent.
 	maxConnections = 1024
 
-	// maxScrapes bounds the memory of GET /metrics.
-	maxScrapes = 8
-
+	maxScrapes     = 8        // at once, for their memory
 	maxHeaderBytes = 10 << 10 // a token has up to 8 KiB
 	maxHeaderLines = 100      // net/http allocates far more than the bytes of tiny lines
 
-	// If idle clients have every place, a probe gets its turn within probeTimeout.
+	probeTimeout     = 900 * time.Millisecond // a kubelet waits a second by default
+	opsHeaderTimeout = 500 * time.Millisecond // a probe has its turn in time when idle clients have every place
 	headerTimeout    = time.Second
-	opsHeaderTimeout = 500 * time.Millisecond
-
-	// For a handler's whole work. GET /rollout extends it.
-	writeTimeout = 15 * time.Second
-
-	// A client that still sends its body might miss the answer if this were 0.
-	lingerTimeout = 100 * time.Millisecond
+	writeTimeout     = 15 * time.Second       // for a handler's whole work; GET /rollout extends it
+	lingerTimeout    = 100 * time.Millisecond // at 0, a client that still sends its body might miss the answer
 )
 
 // newServer sets the limits that an open port needs.
@@ -158,12 +145,10 @@ func (s *service) ops() http.Handler {
 		}
 	})
 	metrics.ExposeMetadata(true)
-	scraping := make(chan struct{}, maxScrapes)
+	var scraping atomic.Int64
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		select {
-		case scraping <- struct{}{}:
-			defer func() { <-scraping }()
-		default:
+		defer scraping.Add(-1)
+		if scraping.Add(1) > maxScrapes {
 			http.Error(w, "too many scrapes at once", http.StatusServiceUnavailable)
 			return
 		}
@@ -224,8 +209,7 @@ func (c *headerConn) Write(b []byte) (int, error) {
 
 const metricPrefix = "kuberollouttrigger_"
 
-// The metrics of the two processes; docs/operations.md explains them. All exist from
-// the start, so that their rates begin with 0.
+// docs/operations.md explains the metrics. All exist from the start: their rates begin with 0.
 var (
 	webMetrics, workerMetrics = metrics.NewSet(), metrics.NewSet()
 
