@@ -185,9 +185,8 @@ func (c *headerConn) Read(b []byte) (int, error) {
 		if c.complete || c.lines > maxHeaderLines {
 			break
 		}
-		text, ended := bytes.CutSuffix(line, []byte("\n"))
-		c.empty = c.empty && len(bytes.Trim(text, "\r")) == 0
-		if ended {
+		c.empty = c.empty && len(bytes.Trim(line, "\r\n")) == 0
+		if bytes.HasSuffix(line, []byte("\n")) {
 			c.lines++
 			c.complete, c.empty = c.empty, true
 		}

@@ -22,24 +22,22 @@ import (
 // PubSub messages are the fast path; the ledger is what a 202 promises.
 
 const (
-	// ledgerAge is how long a request stays in the ledger at least. A T further
-	// ahead of Valkey's clock was left by a clock that was wrong.
+	// A request stays in the ledger for ledgerAge at least. A T that is further ahead was
+	// left by a clock that was wrong.
 	ledgerAge = 24 * time.Hour
 
-	// maxLedger bounds the images in the ledger, for the memory of Valkey and the
-	// workers. More are refused, so that nobody pushes out what others requested.
-	maxLedger  = 20_000
-	ledgerPage = 100 // entries that the worker reads at once
+	maxLedger  = 20_000 // images, for the memory of Valkey and the workers; more are refused
+	ledgerPage = 100    // entries that the worker reads at once
 
-	publishTimeout   = 8 * time.Second // Clients that never retry give up after 10.
+	publishTimeout   = 8 * time.Second // clients that never retry give up after 10
 	valkeyRetryDelay = 250 * time.Millisecond
 
-	// maxPublishing bounds the requests that wait for Valkey, well below the 1,024
-	// slots of valkey-go's ring: a command that waits for a slot ignores its context.
+	// maxPublishing is well below the 1,024 slots of valkey-go's ring: a command that
+	// waits for a slot ignores its context.
 	maxPublishing = 256
 
-	// maxElement bounds each text that Valkey sends, and the elements of each list.
-	// Messages and entries have less than maxMessageBytes.
+	// maxElement bounds each text that Valkey sends, and the elements of each list. It
+	// exceeds maxMessageBytes.
 	maxElement = 16 << 10
 )
 
@@ -173,9 +171,8 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 	})
 	for ; ctx.Err() == nil; sleep(ctx, valkeyRetryDelay) {
 		err := s.client.Receive(ctx, s.client.B().Subscribe().Channel(s.channel).Build(),
-			func(m valkey.PubSubMessage) { received(m.Message) })
-		err = cmp.Or(err, errors.New("the subscription ended")) // nil is valkey-go's answer to an UNSUBSCRIBE
-		err = valkeyError("subscribing to "+s.channel, err)
+			func(m valkey.PubSubMessage) { received(m.Message) }) // nil after an UNSUBSCRIBE
+		err = valkeyError("subscribing to "+s.channel, cmp.Or(err, errors.New("the subscription ended")))
 		subscribed.Set(0)
 		if s.subscribed.set(err) && ctx.Err() == nil {
 			s.log.Warn("not subscribed", "err", err)
@@ -307,10 +304,9 @@ func valkeyHint(err error) string {
 
 // sleep waits for d or until ctx is done.
 func sleep(ctx context.Context, d time.Duration) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(d):
-	}
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	<-ctx.Done()
 }
 
 // dialValkey returns a connection whose elements are bounded.
@@ -339,11 +335,9 @@ func (c *boundedConn) Read(b []byte) (int, error) {
 		switch {
 		case c.blob > 0:
 			c.blob--
-		case char != '\n':
-			if len(c.line) < 16 {
-				c.line = append(c.line, char)
-			}
-		default:
+		case char != '\n' && len(c.line) < 16:
+			c.line = append(c.line, char)
+		case char == '\n':
 			line := strings.TrimSpace(string(c.line))
 			c.line = c.line[:0]
 			if line == "" || !strings.Contains("$!=*~>%|", line[:1]) {

@@ -20,18 +20,15 @@ import (
 )
 
 const (
-	// retryAfter is in seconds. Valkey and GitHub are usually back by then.
-	retryAfter = "2"
-
+	retryAfter     = "2"            // seconds; Valkey and GitHub are usually back by then
 	maxNewImages   = maxLedger / 10 // that a repository may add to the ledger in a day
 	maxDenialLines = 50             // about callers without a valid token, in denialInterval
 	denialInterval = 10 * time.Second
 
-	// GET /rollout waits for maxWait at most, and looks for a change every
-	// rolloutInterval. Beyond maxWaiting requests, it answers at once.
+	// Of GET /rollout:
 	maxWait         = time.Minute
-	rolloutInterval = 300 * time.Millisecond
-	maxWaiting      = 256
+	maxWaiting      = 256                    // requests; those beyond are answered at once
+	rolloutInterval = 300 * time.Millisecond // between two looks for a change
 )
 
 // web is the public HTTP API.
@@ -58,12 +55,6 @@ type accepted struct {
 	RequestID   string   `json:"requestId"`   // as in the log
 }
 
-// errorBody is the body of a denial.
-type errorBody struct {
-	Error     string `json:"error"`
-	RequestID string `json:"requestId"`
-}
-
 // denial is an error with its answer. Foreign text in it is sanitized.
 type denial struct {
 	status int
@@ -84,6 +75,7 @@ func tell(status int, reason error) error {
 // route is how web answers a job that may ask for something.
 type route struct {
 	method  string
+	read    func(*call) error // what the job asks for
 	handle  func(*web, *call) (body any, err error)
 	status  int
 	level   slog.Level
@@ -92,8 +84,8 @@ type route struct {
 }
 
 var routes = map[string]route{
-	"/event":   {http.MethodPost, (*web).event, http.StatusAccepted, slog.LevelInfo, "accepted", eventRequests},
-	"/rollout": {http.MethodGet, (*web).rollout, http.StatusOK, slog.LevelDebug, "rollout", rolloutRequests},
+	"/event":   {http.MethodPost, (*call).readEvent, (*web).event, http.StatusAccepted, slog.LevelInfo, "accepted", eventRequests},
+	"/rollout": {http.MethodGet, (*call).readQuery, (*web).rollout, http.StatusOK, slog.LevelDebug, "rollout", rolloutRequests},
 	"/healthz": {method: http.MethodGet},
 }
 
@@ -104,6 +96,7 @@ type call struct {
 	r      *http.Request
 	id     string // requestId
 	claims claims // nil until the token is verified
+	asked  rolloutQuery
 	check  string // that runs now: the outcome if it fails
 	line   []slog.Attr
 }
@@ -156,7 +149,7 @@ func (s *web) serve(c *call) {
 }
 
 // deny makes the call one that ended with an error, and returns its body.
-func (c *call) deny(err error) *errorBody {
+func (c *call) deny(err error) map[string]string {
 	d := &denial{status: http.StatusInternalServerError, reason: err}
 	errors.As(err, &d)
 	c.status, c.level, c.message = d.status, slog.LevelInfo, "denied"
@@ -175,7 +168,7 @@ func (c *call) deny(err error) *errorBody {
 	case http.StatusServiceUnavailable:
 		c.w.Header().Set("Retry-After", retryAfter)
 	}
-	return &errorBody{cmp.Or(d.answer, answer), c.id}
+	return map[string]string{"error": cmp.Or(d.answer, answer), "requestId": c.id}
 }
 
 // answer verifies the token and its claims before anything else is read: only an
@@ -205,6 +198,14 @@ func (s *web) answer(c *call) (body any, err error) {
 		return nil, &denial{status: http.StatusForbidden, reason: err}
 	}
 	c.check = "request"
+	if err := c.read(c); err != nil {
+		return nil, err
+	}
+	c.check = "image"
+	if err := s.allow(c.claims, c.asked.images); err != nil {
+		return nil, err
+	}
+	c.check = "valkey"
 	if body, err = c.handle(s, c); err == nil {
 		c.check = "ok"
 	}
@@ -212,27 +213,19 @@ func (s *web) answer(c *call) (body any, err error) {
 }
 
 // allow checks that the job may restart the images.
-func (s *web) allow(c *call, images []string) error {
-	c.check = "image"
+func (s *web) allow(job claims, images []string) error {
 	for _, image := range images {
 		if !s.prefixes.allows(image) {
 			return tell(http.StatusForbidden, fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image))
 		}
 	}
-	return tell(http.StatusForbidden, s.policy.checkImages(c.claims, images))
+	return tell(http.StatusForbidden, s.policy.checkImages(job, images))
 }
 
 // event handles POST /event.
 func (s *web) event(c *call) (any, error) {
-	images, err := readImages(c.w, c.r)
-	if err == nil {
-		err = s.allow(c, images)
-	}
-	if err != nil {
-		return nil, err
-	}
-	c.check = "valkey"
-	start, reserved := time.Now(), s.quota.take(c.claims.get("repository_id"), len(images))
+	images, start := c.asked.images, time.Now()
+	reserved := s.quota.take(c.claims.get("repository_id"), len(images))
 	// A client that hangs up must not keep the answer away, which says what it used.
 	p, err := s.publish(context.WithoutCancel(c.r.Context()), images, reserved)
 	publishSeconds.UpdateDuration(start)
@@ -297,14 +290,7 @@ func parseRolloutQuery(raw string) (q rolloutQuery, err error) {
 // rollout handles GET /rollout. It answers as soon as the state differs from the one
 // that the job has seen, or when the wait is over.
 func (s *web) rollout(c *call) (any, error) {
-	q, err := parseRolloutQuery(c.r.URL.RawQuery)
-	if err != nil {
-		return nil, tell(http.StatusBadRequest, err)
-	}
-	if err := s.allow(c, q.images); err != nil {
-		return nil, err
-	}
-	c.check = "valkey"
+	q := c.asked
 	defer s.waiting.Add(-1)
 	if s.waiting.Add(1) > maxWaiting {
 		q.wait = 0
@@ -343,21 +329,26 @@ func bearerToken(r *http.Request) (string, error) {
 	return token, nil
 }
 
-// readImages reads the body. Its error tells the job what to fix.
-func readImages(w http.ResponseWriter, r *http.Request) ([]string, error) {
-	media, params, err := mime.ParseMediaType(strings.Join(r.Header.Values("Content-Type"), ", ")) // an error for two
+// readEvent reads the body. Its error tells the job what to fix.
+func (c *call) readEvent() error {
+	media, params, err := mime.ParseMediaType(strings.Join(c.r.Header.Values("Content-Type"), ", ")) // an error for two
 	if charset := params["charset"]; err != nil || media != "application/json" || charset != "" && !strings.EqualFold(charset, "utf-8") {
-		return nil, tell(http.StatusUnsupportedMediaType, errors.New("expected one header Content-Type: application/json"))
+		return tell(http.StatusUnsupportedMediaType, errors.New("expected one header Content-Type: application/json"))
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRequestBytes))
+	body, err := io.ReadAll(http.MaxBytesReader(c.w, c.r.Body, maxRequestBytes))
 	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-		return nil, tell(http.StatusRequestEntityTooLarge, fmt.Errorf("the body is larger than %d bytes; send fewer tags", tooLarge.Limit))
+		return tell(http.StatusRequestEntityTooLarge, fmt.Errorf("the body is larger than %d bytes; send fewer tags", tooLarge.Limit))
 	}
 	if err != nil { // a slow or broken client
-		return nil, tell(http.StatusBadRequest, errors.New("the body could not be read"))
+		return tell(http.StatusBadRequest, errors.New("the body could not be read"))
 	}
-	images, err := parseRequest(body)
-	return images, tell(http.StatusBadRequest, err)
+	c.asked.images, err = parseRequest(body)
+	return tell(http.StatusBadRequest, err)
+}
+
+func (c *call) readQuery() (err error) {
+	c.asked, err = parseRolloutQuery(c.r.URL.RawQuery)
+	return tell(http.StatusBadRequest, err)
 }
 
 // quota counts what each repository has added to the ledger on a day of this process.
