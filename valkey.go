@@ -183,11 +183,8 @@ func (s *subscriber) run(ctx context.Context, received func(message string), con
 // time is Valkey's clock.
 func (s *subscriber) time(ctx context.Context) (time.Time, error) {
 	clock, err := s.reader.Do(ctx, s.reader.B().Time().Build()).AsIntSlice()
-	if err == nil && len(clock) != 2 {
-		err = fmt.Errorf("%d values instead of 2", len(clock))
-	}
-	if err != nil {
-		return time.Time{}, valkeyError("reading the time", err)
+	if err != nil || len(clock) != 2 {
+		return time.Time{}, valkeyError("reading the time", cmp.Or(err, errors.New("not 2 values")))
 	}
 	return time.Unix(clock[0], clock[1]*int64(time.Microsecond)), nil
 }

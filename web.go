@@ -64,7 +64,7 @@ type denial struct {
 
 func (d *denial) Error() string { return d.reason.Error() }
 
-// tell tells the caller the reason, if there is one. Only an authenticated one may learn it.
+// tell is a denial with a reason, if there is one, that an authenticated caller learns.
 func tell(status int, reason error) error {
 	if reason == nil {
 		return nil
@@ -202,24 +202,20 @@ func (s *web) answer(c *call) (body any, err error) {
 		return nil, err
 	}
 	c.check = "image"
-	if err := s.allow(c.claims, c.asked.images); err != nil {
-		return nil, err
+	for _, image := range c.asked.images {
+		if !s.prefixes.allows(image) {
+			err := fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image)
+			return nil, tell(http.StatusForbidden, err)
+		}
+	}
+	if err := s.policy.checkImages(c.claims, c.asked.images); err != nil {
+		return nil, tell(http.StatusForbidden, err)
 	}
 	c.check = "valkey"
 	if body, err = c.handle(s, c); err == nil {
 		c.check = "ok"
 	}
 	return body, err
-}
-
-// allow checks that the job may restart the images.
-func (s *web) allow(job claims, images []string) error {
-	for _, image := range images {
-		if !s.prefixes.allows(image) {
-			return tell(http.StatusForbidden, fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image))
-		}
-	}
-	return tell(http.StatusForbidden, s.policy.checkImages(job, images))
 }
 
 // event handles POST /event.
