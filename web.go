@@ -317,10 +317,9 @@ func (s *web) rollout(c *call) (any, error) {
 // bearerToken reads the one Authorization header (RFC 6750, section 2.1). The
 // scheme may be in any case (RFC 9110, section 11.1).
 func bearerToken(r *http.Request) (string, error) {
-	headers := r.Header.Values("Authorization")
-	scheme, token, _ := strings.Cut(strings.Join(headers, ""), " ")
-	if len(headers) != 1 || !strings.EqualFold(scheme, "Bearer") || token == "" {
-		return "", fmt.Errorf("expected one Authorization header with a bearer token; the request has %d", len(headers))
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if n := len(r.Header.Values("Authorization")); n != 1 || !strings.EqualFold(scheme, "Bearer") || token == "" {
+		return "", fmt.Errorf("expected one Authorization header with a bearer token; the request has %d", n)
 	}
 	return token, nil
 }
