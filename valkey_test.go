@@ -278,3 +278,16 @@ func TestBoundedElements(t *testing.T) {
 		}
 	}
 }
+
+// What goes on failing in the same way is reported once.
+func TestHealth(t *testing.T) {
+	var h health
+	for i, step := range []struct {
+		err     error
+		changed bool
+	}{{errBusy, true}, {fmt.Errorf("%w", errBusy), false}, {io.EOF, true}, {nil, true}, {nil, false}} {
+		if changed := h.set(step.err); changed != step.changed || h.get() != step.err {
+			t.Errorf("step %d: changed is %v", i, changed)
+		}
+	}
+}
