@@ -36,10 +36,9 @@ const (
 
 // request is the newest request for an image.
 type request struct {
-	at   int64     // T
-	made time.Time // when, as far as the worker knows, on its own clock
-	// announced: its message arrived, when it was made. Otherwise it was caught up.
-	announced bool
+	at        int64     // T
+	made      time.Time // when, as far as the worker knows, on its own clock
+	announced bool      // its message arrived, when it was made; otherwise it was caught up
 }
 
 // latest is when the request was made by the later of T and the worker's clock, for
@@ -194,7 +193,6 @@ func (c *workloadCache) ready() error {
 	return nil
 }
 
-// get returns the entry of a workload, nil if there is none.
 func (c *workloadCache) get(key string) *workload {
 	entry, _ := c.store.Get(key)
 	d, _ := entry.(*workload)

@@ -142,7 +142,8 @@ func (f *follower) follow(image string, r request) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	known := f.images[image]
-	if known != nil && known.at < r.at || known == nil && len(f.images) < 2*maxLedger && f.worker.now().Sub(r.made) < reportAge {
+	may := len(f.images) < 2*maxLedger && f.worker.now().Sub(r.made) < reportAge
+	if known == nil && may || known != nil && known.at < r.at {
 		f.images[image] = &followed{image: image, request: r}
 	}
 }

@@ -127,11 +127,9 @@ func (w *worker) measure() {
 // handleMessage takes a message of the PubSub channel. It does not block.
 func (w *worker) handleMessage(text string) {
 	m, err := parseMessage([]byte(text))
-	if err == nil && m.RequestedAt == 0 { // typed by hand
-		m.RequestedAt = w.requests.moment().next()
-	}
 	if err == nil {
-		err = w.remember(m.Image, request{at: m.RequestedAt, made: w.now(), announced: true})
+		at := cmp.Or(m.RequestedAt, w.requests.moment().next()) // 0: typed by hand
+		err = w.remember(m.Image, request{at: at, made: w.now(), announced: true})
 	}
 	if err != nil {
 		messages("ignored").Inc()
@@ -173,8 +171,7 @@ func (w *worker) remember(image string, r request) error {
 	return nil
 }
 
-// look queues a workload that is new to the cache, was resumed, or runs another
-// image, if it needs a restart.
+// look is called as workloadCache.look.
 func (w *worker) look(d *workload) {
 	if w.decide(d).verdict != satisfied {
 		w.queue.Add(d.key())
@@ -242,7 +239,6 @@ func (w *worker) catchUp(ctx context.Context) error {
 	return nil
 }
 
-// reconcileLoop works off the queue until it is shut down.
 func (w *worker) reconcileLoop(ctx context.Context) {
 	for {
 		key, shutdown := w.queue.Get()

@@ -142,11 +142,10 @@ type workload struct {
 
 // usedImage is an image that a pod template names, once however often it does.
 type usedImage struct {
-	ref        string // canonical
-	pinned     bool   // each use has a digest
-	pullPolicy string // one that lets nodes keep a cached image, if a use has one
-	// cachedAt is when the cache first had the image here, on the worker's clock.
-	cachedAt time.Time
+	ref        string    // canonical
+	pinned     bool      // each use has a digest
+	pullPolicy string    // one that lets nodes keep a cached image, if a use has one
+	cachedAt   time.Time // when the cache first had it here, on the worker's clock
 	// addedAt is when the workload was created with the image or set to it, on the API
 	// server's clock and less the tolerance.
 	addedAt time.Time
@@ -174,7 +173,6 @@ func (d *workload) image(ref string) *usedImage {
 	return nil
 }
 
-// newWorkload takes from an object what the worker needs.
 func newWorkload(k *kind, u *unstructured.Unstructured) *workload {
 	d := &workload{
 		kind:            k,
@@ -205,7 +203,6 @@ func newWorkload(k *kind, u *unstructured.Unstructured) *workload {
 	return d
 }
 
-// use adds an image field of the pod template.
 func (d *workload) use(field, pullPolicy any) {
 	text, _ := field.(string)
 	ref, pinned, ok := parseContainerImage(text)
@@ -274,10 +271,8 @@ const (
 type moment struct {
 	now    time.Time // the worker's monotonic clock
 	valkey time.Time // Valkey's clock, which gives T
-	// clock is the earlier of the two, so that no request looks too old, and no restart
-	// too new, because one of them is ahead.
-	clock  time.Time
-	newest int64 // the newest T known
+	clock  time.Time // the earlier one: no request looks too old, and no restart too new
+	newest int64     // the newest T known
 }
 
 // next is the T of a message that has none.
@@ -286,7 +281,6 @@ func (m moment) next() int64 { return max(m.valkey.UnixMicro(), m.newest+1) }
 // age is how long ago T was on the clock that gave it.
 func (m moment) age(at int64) time.Duration { return max(0, m.valkey.Sub(time.UnixMicro(at))) }
 
-// decision is a verdict with the request that leads to it.
 type decision struct {
 	verdict verdict
 	reason  string        // for the log
@@ -295,7 +289,6 @@ type decision struct {
 	request request
 }
 
-// rules are the bounds of the decision.
 type rules struct {
 	window   time.Duration // how long a request counts
 	interval time.Duration // WORKER_RESTART_INTERVAL
