@@ -270,12 +270,12 @@ type scope struct {
 // would bring whole objects into its memory.
 func (s *scope) IsWatchListSemanticsUnSupported() bool { return true }
 
-// list reads all pages and returns one complete list of entries. It ignores the options:
-// the reflector and its pager list without a limit after a 410, or when a continue token
-// expires. Here that is an error, and the reflector begins again.
+// list reads all pages into the cache, and returns the version to watch from. It ignores
+// the options: the reflector and its pager list without a limit after a 410, or when a
+// continue token expires. Here that is an error, and the reflector begins again.
 func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object, error) {
 	s.setWatched(false)
-	entries := &metav1.List{}
+	var entries []*workload
 	o := metav1.ListOptions{LabelSelector: s.cache.selector, Limit: listPage}
 	for {
 		pageCtx, cancel := context.WithTimeout(ctx, requestTimeout)
@@ -285,13 +285,32 @@ func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object,
 			return nil, s.checkPossible("list", err)
 		}
 		for i := range page.Items {
-			entries.Items = append(entries.Items, runtime.RawExtension{Object: newWorkload(s.kind, &page.Items[i])})
+			entries = append(entries, newWorkload(s.kind, &page.Items[i]))
 		}
-		entries.ResourceVersion = page.GetResourceVersion()
 		if o.Continue = page.GetContinue(); o.Continue == "" {
-			return entries, nil
+			s.replace(entries)
+			page.Items = nil
+			return page, nil
 		}
 	}
+}
+
+// replace takes a complete list: what is not in it is gone.
+func (s *scope) replace(entries []*workload) {
+	c, listed := s.cache, map[string]bool{}
+	for _, d := range entries {
+		listed[d.key()] = true
+		c.put(d, fromList)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, entry := range c.store.List() {
+		d := entry.(*workload)
+		if d.kind == s.kind && (s.namespace == "" || s.namespace == d.namespace) && !listed[d.key()] {
+			c.store.Delete(d.key())
+		}
+	}
+	c.log.Info(s.kind.resource.Resource+" listed", "namespace", s.namespace, "count", len(entries))
 }
 
 // watch starts a watch that ends after watchAge. client-go takes a deadline for a
@@ -360,25 +379,6 @@ func (s *scope) Delete(object any) error {
 	return nil
 }
 
-// Replace takes a complete list: what is not in it is gone.
-func (s *scope) Replace(items []any, _ string) error {
-	c := s.cache
-	listed := make(map[string]bool, len(items))
-	for _, item := range items {
-		d := item.(*workload) // made by list
-		listed[d.key()] = true
-		c.put(d, fromList)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, entry := range c.store.List() {
-		d := entry.(*workload)
-		if d.kind == s.kind && (s.namespace == "" || s.namespace == d.namespace) && !listed[d.key()] {
-			c.store.Delete(d.key())
-		}
-	}
-	c.log.Info(s.kind.resource.Resource+" listed", "namespace", s.namespace, "count", len(items))
-	return nil
-}
+func (s *scope) Replace([]any, string) error { return nil } // list has done it
 
 func (s *scope) Resync() error { return nil }

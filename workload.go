@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -157,11 +156,6 @@ const (
 	createdTolerance = time.Minute
 	updatedTolerance = 10 * time.Second
 )
-
-// GetObjectKind and DeepCopyObject let a list for the reflector carry entries.
-func (d *workload) GetObjectKind() schema.ObjectKind { return schema.EmptyObjectKind }
-
-func (d *workload) DeepCopyObject() runtime.Object { return d } // it never changes
 
 func (d *workload) key() string { return d.kind.name + "/" + d.namespace + "/" + d.name }
 
