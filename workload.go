@@ -20,8 +20,8 @@ type kind struct {
 	resource    schema.GroupVersionResource
 	restartedAt []string // path of the field that a restart sets to T
 	unit        int64    // T is rounded up to a multiple of so many microseconds
-	// rollout is the state of an object whose status is of its present generation.
-	rollout func(spec, status map[string]any) rolloutState
+	// rollout is for an object whose status is of its present generation.
+	rollout func(spec, status map[string]any) (done, failing bool)
 }
 
 // restartedAtAnnotation is what `kubectl rollout restart` sets too.
@@ -70,42 +70,31 @@ func (k *kind) patch(value string, preconditions map[string]string) []byte {
 
 // The first three follow `kubectl rollout status`. Only Deployments have a deadline.
 
-func deploymentRollout(spec, status map[string]any) rolloutState {
+func deploymentRollout(spec, status map[string]any) (done, failing bool) {
 	for _, condition := range children(status, "conditions") {
-		if condition["type"] == "Progressing" && condition["reason"] == "ProgressDeadlineExceeded" {
-			return failed
-		}
+		failing = failing || condition["type"] == "Progressing" && condition["reason"] == "ProgressDeadlineExceeded"
 	}
 	updated := number(status, "updatedReplicas")
-	return completeIf(updated >= number(spec, "replicas") && number(status, "replicas") <= updated &&
-		number(status, "availableReplicas") >= updated)
+	done = updated >= number(spec, "replicas") && number(status, "replicas") <= updated &&
+		number(status, "availableReplicas") >= updated
+	return done, failing
 }
 
-func statefulSetRollout(spec, status map[string]any) rolloutState {
+func statefulSetRollout(spec, status map[string]any) (done, failing bool) {
 	replicas := number(spec, "replicas")
 	updating := replicas - number(child(child(spec, "updateStrategy"), "rollingUpdate"), "partition")
-	return completeIf(number(status, "readyReplicas") >= replicas && number(status, "updatedReplicas") >= updating)
+	return number(status, "readyReplicas") >= replicas && number(status, "updatedReplicas") >= updating, false
 }
 
-func daemonSetRollout(_, status map[string]any) rolloutState {
+func daemonSetRollout(_, status map[string]any) (done, failing bool) {
 	desired := number(status, "desiredNumberScheduled")
-	return completeIf(number(status, "updatedNumberScheduled") >= desired && number(status, "numberAvailable") >= desired)
+	return number(status, "updatedNumberScheduled") >= desired && number(status, "numberAvailable") >= desired, false
 }
 
 // https://argo-rollouts.readthedocs.io/en/stable/features/restart/
-func argoRollout(spec, status map[string]any) rolloutState {
-	if status["phase"] == "Degraded" {
-		return failed
-	}
+func argoRollout(spec, status map[string]any) (done, failing bool) {
 	restarted := !instant(status, "restartedAt").Before(instant(spec, "restartAt"))
-	return completeIf(status["phase"] == "Healthy" && restarted)
-}
-
-func completeIf(done bool) rolloutState {
-	if done {
-		return complete
-	}
-	return progressing
+	return status["phase"] == "Healthy" && restarted, status["phase"] == "Degraded"
 }
 
 // number and instant are zero if there is none.
@@ -191,7 +180,12 @@ func newWorkload(k *kind, u *unstructured.Unstructured) *workload {
 	// Argo Rollouts writes it as a string.
 	observed, _ := strconv.ParseInt(fmt.Sprint(status["observedGeneration"]), 10, 64)
 	if observed >= u.GetGeneration() {
-		d.rollout = k.rollout(spec, status)
+		switch done, failing := k.rollout(spec, status); {
+		case failing:
+			d.rollout = failed
+		case done:
+			d.rollout = complete
+		}
 	}
 	podImages(child(child(spec, "template"), "spec"), d.use)
 	return d
