@@ -32,6 +32,8 @@ const (
 	watchAge = 2 * time.Minute
 
 	watchGrace = 5 * time.Second // without a watch, before the worker is not ready
+
+	imageIndex = "image"
 )
 
 // request is the newest request for an image.
@@ -133,8 +135,6 @@ type workloadCache struct {
 	mu    sync.Mutex // held while an entry is replaced and looked at, and for the scopes' state
 	store cache.ThreadSafeStore
 }
-
-const imageIndex = "image"
 
 // newWorkloadCache makes a scope for each kind in each of WORKER_NAMESPACES, so that
 // namespaced Roles suffice, or in all namespaces.
@@ -363,7 +363,9 @@ func (s *scope) checkPossible(verb string, err error) error {
 // Add, Update, Delete, Replace and Resync are cache.ReflectorStore. The dynamic
 // client's watches bring nothing but unstructured objects.
 
-func (s *scope) Add(object any) error { return s.Update(object) }
+func (s *scope) Add(object any) error        { return s.Update(object) }
+func (s *scope) Replace([]any, string) error { return nil } // list has done it
+func (s *scope) Resync() error               { return nil }
 
 func (s *scope) Update(object any) error {
 	watchEventAt.Set(float64(s.cache.now().Unix()))
@@ -378,7 +380,3 @@ func (s *scope) Delete(object any) error {
 	s.cache.store.Delete(newWorkload(s.kind, object.(*unstructured.Unstructured)).key())
 	return nil
 }
-
-func (s *scope) Replace([]any, string) error { return nil } // list has done it
-
-func (s *scope) Resync() error { return nil }

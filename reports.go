@@ -246,7 +246,7 @@ return stored
 `, int(reportAge.Seconds())))
 
 // writeReports stores the next reports about images, which may be none, from a cache
-// that had reached a revision. It returns 1 for each that is stored, and 0 for the others.
+// that had reached a revision. It returns 1 for each that is stored, and 0 for others.
 func (s *subscriber) writeReports(ctx context.Context, cluster string, revision uint64, images []*followed) ([]int64, error) {
 	keys, args := []string{clustersKey(s.channel)}, []string{cluster}
 	for _, f := range images {

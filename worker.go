@@ -171,7 +171,7 @@ func (w *worker) remember(image string, r request) error {
 	return nil
 }
 
-// look is called as workloadCache.look.
+// look queues what the cache calls it with, if it needs a restart.
 func (w *worker) look(d *workload) {
 	if w.decide(d).verdict != satisfied {
 		w.queue.Add(d.key())
@@ -253,8 +253,8 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 }
 
 // reconcile gives one workload the restart that it needs, if any. The resourceVersion
-// in the first patch keeps crossing requests of several workers apart. After a conflict,
-// patches have it only if another worker was faster: a rollout changes it all the time.
+// keeps crossing requests of several workers apart. After a conflict, a patch has it only
+// if another worker was faster: in a rollout it changes several times a second.
 func (w *worker) reconcile(ctx context.Context, key string) {
 	d, versioned := w.cache.get(key), w.backoff.NumRequeues(key) == 0
 	if wait, _ := w.waiting(key); wait > 0 && d != nil {
