@@ -256,7 +256,7 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 // keeps crossing requests of several workers apart. After a conflict, a patch has it only
 // if another worker was faster: in a rollout it changes several times a second.
 func (w *worker) reconcile(ctx context.Context, key string) {
-	d, versioned := w.cache.get(key), w.backoff.NumRequeues(key) == 0
+	d := w.cache.get(key)
 	if wait, _ := w.waiting(key); wait > 0 && d != nil {
 		w.queue.AddAfter(key, wait)
 		return
@@ -264,6 +264,7 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	// A patch on its way when the worker is stopped is finished.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
 	defer cancel()
+	versioned := w.backoff.NumRequeues(key) == 0
 	pacing := versioned && w.cfg.RestartsPerMinute > 0
 	for fetched := false; d != nil; fetched = true {
 		next := w.decide(d)

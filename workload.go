@@ -223,7 +223,8 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 			image.cachedAt, image.addedAt = before.cachedAt, before.addedAt
 			continue
 		}
-		image.cachedAt, image.addedAt, look = now, addedAt, true
+		image.cachedAt, image.addedAt = now, addedAt
+		look = true
 	}
 	d.newestRestart, d.restartedSince = previous.newestRestart, previous.restartedSince
 	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.newestRestart {
