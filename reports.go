@@ -361,9 +361,10 @@ func (w *worker) record(d *workload, restart decision) {
 	now := w.now().UTC().Format(time.RFC3339)
 	event := &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": "v1", "kind": "Event",
-		"metadata":       map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
-		"involvedObject": map[string]any{"apiVersion": d.kind.resource.GroupVersion().String(), "kind": d.kind.name, "namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
-		"type":           "Normal", "reason": "Restarted",
+		"metadata": map[string]any{"namespace": d.namespace, "name": fmt.Sprintf("%s.%x", d.uid, restart.request.at)},
+		"involvedObject": map[string]any{"apiVersion": d.kind.resource.GroupVersion().String(), "kind": d.kind.name,
+			"namespace": d.namespace, "name": d.name, "uid": string(d.uid)},
+		"type": "Normal", "reason": "Restarted",
 		"message":        fmt.Sprintf("Restarted because %s was requested at %s", restart.image.ref, formatTime(restart.request.at)),
 		"source":         map[string]any{"component": fieldManager},
 		"firstTimestamp": now, "lastTimestamp": now, "count": int64(1),
