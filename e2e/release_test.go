@@ -17,8 +17,8 @@ import (
 // These tests run what .github/ does on GitHub, with stand-ins for docker, cosign and
 // gh, and what the documentation says about a release.
 
-// workflow is what the tests read of a file in .github/workflows/.
-type workflow struct {
+// ownWorkflow is what the tests read of a file in .github/workflows/.
+type ownWorkflow struct {
 	On          map[string]any `json:"true"` // which is what YAML 1.1 means by on
 	Permissions map[string]string
 	Jobs        map[string]struct {
@@ -45,7 +45,7 @@ func readText(t testing.TB, name string) string {
 	return string(text)
 }
 
-func readWorkflow(t testing.TB, name string) (w workflow) {
+func readWorkflow(t testing.TB, name string) (w ownWorkflow) {
 	t.Helper()
 	if err := yaml.Unmarshal([]byte(readText(t, "../.github/workflows/"+name)), &w); err != nil {
 		t.Fatalf("%s: %v", name, err)
