@@ -163,7 +163,7 @@ func TestAction(t *testing.T) {
 		"audience": {with: m{"audience": "https://other.example.com/?a=1&b=2"}, posts: 1,
 			output: failure + "the token was refused|https://other.example.com/?a=1&b=2|" +
 				"status 401"},
-		"slash":   {with: m{"url": "GITHUB/"}, posts: 1, gets: 1, state: "unmatched", output: failure + "no Deployment"},
+		"slash":   {with: m{"url": "GITHUB/"}, posts: 1, gets: 1, state: "unmatched", output: failure + "nothing that runs"},
 		"default": {with: m{"url": "GITHUB/", "audience": ""}, posts: 1, output: failure + "the token was refused; does the audience URL equal"},
 		"path": {with: m{"url": "GITHUB/deep"}, posts: 1,
 			output: failure + "the request for ghcr.io/acme/path:dev was refused: status 404, without requestId", noID: true},
