@@ -131,10 +131,9 @@ func TestOtherChangesAfterTheRequest(t *testing.T) {
 func TestImageSetAfterTheRequest(t *testing.T) {
 	t.Parallel()
 	kube := newKubernetes(t)
-	kube.Create("a/api", fake.Spec{Image: "ghcr.io/acme/api:v1"})
-	kube.Create("a/ended", fake.Spec{Image: "ghcr.io/acme/api:v1"})
-	kube.Create("a/relisted", fake.Spec{Image: "ghcr.io/acme/api:v1"})
-	kube.Create("a/soon", fake.Spec{Image: "ghcr.io/acme/api:v1"})
+	for _, key := range []string{"a/api", "a/ended", "a/relisted", "a/soon"} {
+		kube.Create(key, fake.Spec{Image: "ghcr.io/acme/api:v1"})
+	}
 	w := startWorker(t, kube)
 	at := w.request(apiDev)
 	later := time.Now().Add(time.Minute)
@@ -235,8 +234,7 @@ func TestListOfLowerVersions(t *testing.T) {
 	u := &unstructured.Unstructured{Object: w.kube.Object("a/api")}
 	u.SetResourceVersion("7")
 	setImage(webDev)(u.Object)
-	w.cache.scopes[0].replace([]*workload{newWorkload(kinds[0], u)})
-	if len(w.cache.running(webDev)) != 1 {
+	if w.cache.scopes[0].replace([]*workload{newWorkload(kinds[0], u)}); len(w.cache.running(webDev)) != 1 {
 		t.Error("it is ignored")
 	}
 }

@@ -126,8 +126,7 @@ func TestRequests(t *testing.T) {
 		{at + 1, false, true},
 		{at + 1, true, true},
 	} {
-		r := request{at: step.at, made: now}
-		r.announced = step.received
+		r := request{at: step.at, made: now, announced: step.received}
 		if added, err := q.add(apiDev, r); added != step.added || err != nil {
 			t.Errorf("step %d: %v, %v", i, added, err)
 		}
