@@ -240,11 +240,7 @@ func (w *worker) catchUp(ctx context.Context) error {
 }
 
 func (w *worker) reconcileLoop(ctx context.Context) {
-	for {
-		key, shutdown := w.queue.Get()
-		if shutdown {
-			return
-		}
+	for key, shutdown := w.queue.Get(); !shutdown; key, shutdown = w.queue.Get() {
 		if ctx.Err() == nil {
 			w.reconcile(ctx, key)
 		}
