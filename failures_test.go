@@ -246,11 +246,13 @@ func TestNoEffect(t *testing.T) {
 
 func TestGiveUp(t *testing.T) {
 	t.Parallel()
-	kube := newKubernetes(t, "a/api")
+	kube := newKubernetes(t, "a/api", "a/deleted")
 	kube.OnPatch = func(fake.PatchCall) (int, http.Header) { return 500, nil }
 	w := startWorker(t, kube)
 	at := w.publish(apiDev)
-	eventually(t, "it failed", func() bool { return w.patches("a/api") > 3 })
+	eventually(t, "both failed", func() bool { return w.patches("a/api") > 3 && w.backoff.NumRequeues("Deployment/a/deleted") > 0 })
+	kube.Delete("a/deleted")
+	eventually(t, "its failures are forgotten", func() bool { return w.backoff.NumRequeues("Deployment/a/deleted") == 0 })
 	w.ahead.Store(int64(61 * time.Minute))
 	eventually(t, "it is given up", func() bool { return w.logs.has(`"level":"ERROR"`, "gave up", `"deployment":"api"`, at) })
 	tries := w.patches("a/api")

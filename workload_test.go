@@ -114,9 +114,8 @@ func TestRequests(t *testing.T) {
 	q := newRequests(func() time.Time { return now })
 	at := now.UnixMicro()
 	for i, step := range []struct {
-		at       int64
-		received bool
-		added    bool
+		at              int64
+		received, added bool
 	}{
 		{at, false, true},
 		{at, false, false},

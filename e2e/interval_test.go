@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"fmt"
+	"net/http"
 	"testing"
 	"time"
 )
@@ -54,4 +56,28 @@ func TestRestartInterval(t *testing.T) {
 		}
 		g.verify(t, time.Second)
 	})
+}
+
+// TestRestartIntervalAfterList: nobody knows when a restart was made that a list or a new
+// Deployment brings. It defers nothing.
+func TestRestartIntervalAfterList(t *testing.T) {
+	t.Parallel()
+	w := newWatched(t, "WORKER_RESTART_INTERVAL=30s")
+	w.api.set(answering(503, "", func(r *http.Request) bool { return isWatch(r) || isList(r) }))
+	w.api.endWatches()
+	w.app.annotate(t, "2024-01-01T00:00:00Z")
+	before := len(w.api.listed())
+	w.api.set(expiringOnce())
+	eventually(t, 15*time.Second, "the worker lists and watches again", func() error {
+		if lists, watches := len(w.api.listed())-before, w.api.openWatches(); lists == 0 || watches == 0 {
+			return fmt.Errorf("%d lists, %d watches", lists, watches)
+		}
+		return nil
+	})
+	at := w.journal.pushOnce(t, w.job, w.images[0])
+	w.recorder.waitRestartedAt(t, 2*time.Second, w.app, stamp(at))
+	created := deployment{namespace: w.namespace, name: "new", images: []string{newImage()}, restartedAt: "2024-01-01T00:00:00Z"}
+	created.create(t)
+	w.recorder.waitRestartedAt(t, 2*time.Second, created, stamp(w.job.mustPush(t, created.images[0])))
+	w.verify(t, time.Second)
 }

@@ -49,7 +49,7 @@ func TestReportsForbidden(t *testing.T) {
 	v.must(t, "ACL", "SETUSER", "worker", "+eval", "+evalsha", "+hget", "+hset", "+expire", "+zadd")
 	eventually(t, 5*time.Second, "the report is there", func() error {
 		a, err := job.get(t.Context(), "image="+d.images[0])
-		if err == nil && !strings.Contains(a.body, `"matched":1,"restarted":1`) {
+		if err == nil && !strings.Contains(a.body, `"matched":1,"kinds":{"Deployment":1},"restarted":1`) {
 			err = fmt.Errorf("%d %s", a.status, a.body)
 		}
 		return err
