@@ -215,7 +215,7 @@ func TestManifestValkey(t *testing.T) {
 	r.waitRestartedAt(t, 10*time.Second, d, stamp(job.mustPush(t, d.images[0])))
 	eventually(t, 5*time.Second, "the worker reports the restart", func() error {
 		a, err := job.get(t.Context(), "image="+d.images[0])
-		if err == nil && !strings.Contains(a.body, `"matched":1,"restarted":1`) {
+		if err == nil && !strings.Contains(a.body, `"matched":1,"kinds":{"Deployment":1},"restarted":1`) {
 			err = fmt.Errorf("%d %s", a.status, a.body)
 		}
 		return err
@@ -504,4 +504,25 @@ func otherCA(t testing.TB) []byte {
 		t.Fatal(err)
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}
+
+// TestCatchUpForbidden: a worker that may not read the clock says so, and catches up as
+// soon as it may.
+func TestCatchUpForbidden(t *testing.T) {
+	t.Parallel()
+	v := startManifestValkey(t, valkey.ClientOption{})
+	namespace := newNamespace(t)
+	kubeconfig := newWorkerUser(t, namespace).kubeconfig(t, sharedAPI.url)
+	worker := startWorker(t, v.addr, kubeconfig, append(v.settings("worker"), "WORKER_NAMESPACES="+namespace)...)
+	v.must(t, "ACL", "SETUSER", "worker", "-time")
+	v.must(t, "CLIENT", "KILL", "TYPE", "pubsub")
+	time.Sleep(2 * time.Second) // for several tries
+	if n := len(worker.logged(t, "msg", "catch-up failed, trying again")); n != 1 {
+		t.Errorf("the log says it %d times", n)
+	}
+	if reason := worker.waitNotReady(t, time.Second); !strings.Contains(reason, "check this user's ACL in Valkey") {
+		t.Errorf("not ready: %s", reason)
+	}
+	v.must(t, "ACL", "SETUSER", "worker", "+time")
+	worker.waitReady(t, 5*time.Second)
 }
