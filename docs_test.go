@@ -148,6 +148,20 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
+// docs/development.md has all files of the program, and no other.
+func TestDocsLayout(t *testing.T) {
+	_, layout, _ := strings.Cut(readDoc(t, "docs/development.md"), "\n## Layout\n")
+	var got []string
+	for _, m := range regexp.MustCompile("`(\\w+\\.go)`").FindAllStringSubmatch(layout, -1) {
+		got = append(got, m[1])
+	}
+	slices.Sort(got)
+	want := slices.DeleteFunc(docNames(t, "*.go"), func(name string) bool { return strings.HasSuffix(name, "_test.go") || name == "dev.go" })
+	if !slices.Equal(got, want) {
+		t.Errorf("docs/development.md has the files %q, expected %q", got, want)
+	}
+}
+
 // CI and the tests of e2e/ run these commands as they stand.
 func TestReadmeCommands(t *testing.T) {
 	for _, command := range []string{"go run -tags dev . dev", "go test ./...", "kubectl apply -f k8s/"} {
