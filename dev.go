@@ -62,7 +62,7 @@ func runDev(ctx context.Context, args []string, getenv func(string) string, stdo
 		if err != nil {
 			return usageError{fmt.Errorf("--kubeconfig: %w", err)}
 		}
-		fmt.Fprintf(stdout, "This restarts real Deployments that run %s, in %s.\n\n", o.image, where)
+		fmt.Fprintf(stdout, "This restarts real workloads that run %s, in %s.\n\n", o.image, where)
 	}
 	n := newNarrator(getenv, stdout, stderr)
 	pair, err := startDevPair(ctx, o, getenv, n, stderr)
@@ -450,13 +450,14 @@ type processLog struct {
 
 // devRecord is what the narration needs of a log line.
 type devRecord struct {
-	Level                                         slog.Level
-	Msg, Reason, Err, Warning                     string
-	Repository, Ref, Image, Namespace, Deployment string
-	EventName                                     string `json:"event_name"`
-	RequestedAt                                   string `json:"requested_at"`
-	Images                                        []string
-	Status, Subscribers, Matched                  int
+	Level                                       slog.Level
+	Msg, Reason, Err, Warning                   string
+	Repository, Ref, Image, Namespace           string
+	Deployment, StatefulSet, DaemonSet, Rollout string // one of them names the workload
+	EventName                                   string `json:"event_name"`
+	RequestedAt                                 string `json:"requested_at"`
+	Images                                      []string
+	Status, Subscribers, Matched                int
 
 	process, text string // the line for people
 }
@@ -507,11 +508,13 @@ func (r devRecord) narrate() (color int, text string) {
 	case r.Msg == "denied":
 		return red, fmt.Sprintf("denied %s with %d: %s", who, r.Status, r.Reason)
 	case r.Msg == "requested":
-		return 0, fmt.Sprintf("%s was requested; Deployments that run it: %d", r.Image, r.Matched)
-	case r.Deployment == "":
+		return 0, fmt.Sprintf("%s was requested; workloads that run it: %d", r.Image, r.Matched)
+	}
+	name := cmp.Or(r.Deployment, r.StatefulSet, r.DaemonSet, r.Rollout)
+	if name == "" {
 		return 0, ""
 	}
-	text = fmt.Sprintf("%s/%s %s", r.Namespace, r.Deployment, r.Msg)
+	text = fmt.Sprintf("%s/%s %s", r.Namespace, name, r.Msg)
 	for _, detail := range []string{r.Reason, r.Err, r.Warning} {
 		if detail != "" {
 			text += ": " + detail
@@ -523,7 +526,7 @@ func (r devRecord) narrate() (color int, text string) {
 	switch r.Msg {
 	case "restarted":
 		return green, text + ", restartedAt is now " + r.RequestedAt
-	case "not restarted":
+	case "not restarted", "would restart":
 		return yellow, text
 	}
 	return red, text
@@ -535,7 +538,7 @@ func (n *narrator) mute() {
 	n.stdout, n.stderr = io.Discard, io.Discard
 }
 
-// await waits until the worker has dealt with every Deployment that runs the
+// await waits until the worker has dealt with every workload that runs the
 // image of a request.
 func (n *narrator) await(ctx context.Context, requestedAt string) (restarted, complete bool) {
 	ctx, cancel := context.WithTimeout(ctx, devTimeout)
@@ -548,8 +551,8 @@ func (n *narrator) await(ctx context.Context, requestedAt string) (restarted, co
 			case r.RequestedAt != requestedAt:
 			case r.Msg == "requested":
 				matched = r.Matched
-			case r.Msg == "restarted", r.Msg == "not restarted":
-				outcomes[r.Namespace+"/"+r.Deployment] = true
+			case r.Msg == "restarted", r.Msg == "not restarted", r.Msg == "would restart":
+				outcomes[strings.Join([]string{r.Namespace, r.Deployment, r.StatefulSet, r.DaemonSet, r.Rollout}, "/")] = true
 				restarted = restarted || r.Msg == "restarted"
 			}
 		}

@@ -38,7 +38,7 @@ func TestDevOnce(t *testing.T) {
 	for _, want := range []string{
 		`web answers 202 .*"subscribers":1`, `The worker restarted what runs it, within \S+ of the POST:\n   web `,
 		`web +accepted ghcr.io/acme/api:dev from acme/api \(push, refs/heads/main\); workers that heard it: 1`,
-		`worker +ghcr.io/acme/api:dev was requested; Deployments that run it: 3`,
+		`worker +ghcr.io/acme/api:dev was requested; workloads that run it: 3`,
 		`shop/api restarted, restartedAt is now 2`, `shop/api-migrated-first restarted`, `shop/api-frozen not restarted: paused`,
 	} {
 		if !regexp.MustCompile(want).MatchString(out) {
@@ -65,10 +65,10 @@ func TestDevOnAClusterOfOnesOwn(t *testing.T) {
 
 	out, _, err := runDevOnce(t, vars, flags...)
 	if err == nil || err.Error() != "nothing was restarted" || len(kube.Patches("")) > 0 ||
-		!strings.Contains(out, "The worker restarted nothing") || !strings.Contains(out, "Deployments that run it: 0") {
+		!strings.Contains(out, "The worker restarted nothing") || !strings.Contains(out, "workloads that run it: 0") {
 		t.Errorf("no Deployment runs the image: %v\n%s", err, out)
 	}
-	want := "This restarts real Deployments that run ghcr.io/acme/api:dev, in context fake, server " + kube.URL + ".\n"
+	want := "This restarts real workloads that run ghcr.io/acme/api:dev, in context fake, server " + kube.URL + ".\n"
 	if !strings.HasPrefix(out, want) || !strings.Contains(out, "  "+cfg.Addr+", as --valkey-addr says\n") {
 		t.Errorf("it does not say where it works:\n%s", out)
 	}
@@ -182,6 +182,15 @@ func TestDevNarrator(t *testing.T) {
 		if out.String() != tt.out || logs.String() != tt.logs {
 			t.Errorf("%q: %q and %q", tt.level, &out, &logs)
 		}
+	}
+	var told bytes.Buffer
+	kinds := newNarrator(env(nil), &told, io.Discard)
+	for _, line := range []string{`"msg":"requested","matched":2`, `"msg":"restarted","statefulset":"db"`, `"msg":"would restart","deployment":"db"`} {
+		io.WriteString(kinds.log("worker"), `{"requested_at":"T","namespace":"a",`+line+"}\n")
+	}
+	restarted, complete := kinds.await(t.Context(), "T")
+	if kinds.flush(true); !restarted || !complete || !strings.Contains(told.String(), "a/db restarted, restartedAt is now T") {
+		t.Errorf("of two kinds: %t, %t\n%s", restarted, complete, &told)
 	}
 	var out bytes.Buffer
 	n := newNarrator(env(nil), &out, io.Discard)
