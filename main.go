@@ -1,8 +1,8 @@
-// kuberollouttrigger restarts the Kubernetes Deployments that run a container
-// image as soon as a GitHub Actions job has pushed that image.
+// kuberollouttrigger restarts the Kubernetes workloads that run a container image
+// as soon as a GitHub Actions job has pushed that image.
 //
 //	kuberollouttrigger web      accepts POST /event from GitHub Actions
-//	kuberollouttrigger worker   restarts Deployments
+//	kuberollouttrigger worker   restarts the workloads that run the image
 //	kuberollouttrigger explain  says which rule lets a job restart an image
 //	kuberollouttrigger help     lists these; <subcommand> -h prints the options
 //
@@ -60,7 +60,7 @@ type command struct {
 
 var commands = []command{
 	{"web", "accept POST /event from GitHub Actions", runWeb},
-	{"worker", "restart Deployments", runWorker},
+	{"worker", "restart the workloads that run a requested image", runWorker},
 	{"explain", "say which rule lets a job restart an image, or why none does", runExplain},
 	{"version", "print the version", runVersion},
 }
@@ -118,7 +118,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 }
 
 func printHelp(w io.Writer) {
-	fmt.Fprint(w, "kuberollouttrigger restarts the Deployments that run a container image\n",
+	fmt.Fprint(w, "kuberollouttrigger restarts the Kubernetes workloads that run a container image\n",
 		"as soon as a GitHub Actions job has pushed it.\n\nusage: kuberollouttrigger <subcommand> [flags]\n\n")
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)

@@ -86,7 +86,7 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 }
 
 // run works until ctx is done, and then finishes the patches in flight. The ledger
-// has the rest for the next worker. Its error is a scope that RBAC forbids.
+// has the rest for the next worker. Its error is a scope that can never be watched.
 func (w *worker) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -380,7 +380,7 @@ func (w *worker) done(key string) {
 }
 
 // errNoEffect is a patch that the API server accepted without its effect.
-var errNoEffect = errors.New("the API server's answer lacks the annotation; a webhook may remove it")
+var errNoEffect = errors.New("the API server's answer lacks what the patch sets; a webhook may remove it")
 
 // patch restarts d as `kubectl rollout restart` does. Because of T, any number of workers
 // send the same. The uid keeps it from a new workload of the same name.
