@@ -208,18 +208,18 @@ func (c *workloadCache) running(ref string) (ds []*workload) {
 	return ds
 }
 
-// source is where the cache has a version of a workload from.
-type source int
+// origin is where a version of a workload comes from.
+type origin int
 
 const (
-	fromList   source = iota
+	fromList   origin = iota
 	fromWatch         // older than an answer, perhaps
 	fromAnswer        // of the API server to the worker itself
 )
 
 // put stores a version of a workload. A watch may be behind an answer, and an
 // answer behind a watch, which may even have shown that the workload is gone.
-func (c *workloadCache) put(d *workload, from source) {
+func (c *workloadCache) put(d *workload, from origin) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	previous, seen := c.get(d.key()), c.now()

@@ -297,7 +297,7 @@ func parseKinds(s string) (list []*kind, err error) {
 
 // parseRestartInterval bounds it by the catch-up window: a deferred request must not expire.
 func (c *workerConfig) parseRestartInterval(s string) (time.Duration, error) {
-	limit := cmp.Or(c.CatchUp, time.Hour) / 2
+	limit := cmp.Or(c.CatchUp, defaultWindow) / 2
 	d, err := time.ParseDuration(s)
 	if err != nil || d != 0 && (d < time.Second || d > limit) {
 		err = fmt.Errorf("expected 0 or a duration of at least 1s and at most %s, half of WORKER_CATCH_UP (1h if that is 0)", limit)

@@ -67,7 +67,7 @@ type report struct {
 	RequestedAt string         `json:"requestedAt,omitempty"` // as restartedAt; it may be newer than what was asked for
 	Matched     int            `json:"matched"`               // workloads that run the image
 	Kinds       map[string]int `json:"kinds,omitempty"`       // of those, by kind
-	Restarted   int            `json:"restarted"`             // of those, have pods newer than the request
+	Restarted   int            `json:"restarted"`             // of those, were restarted or set to the image since
 	Complete    int            `json:"complete"`              // of those, all pods are available
 	Failed      int            `json:"failed"`                // made no progress, or could not be restarted
 	Deferred    map[string]int `json:"deferred,omitempty"`    // by reason: will be restarted later
@@ -128,7 +128,7 @@ type follower struct {
 	images map[string]*followed
 }
 
-// followed is an image whose newest request is followed until done.
+// followed is an image whose newest request is followed until done. Only run changes it.
 type followed struct {
 	image string
 	request

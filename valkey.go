@@ -225,11 +225,11 @@ func (h *health) set(err error) (changed bool) {
 	return previous == nil || fmt.Sprint(*previous) != fmt.Sprint(err)
 }
 
-// get returns what was set last.
+// get returns what was set last. Before the first set, it panics.
 func (h *health) get() error { return *h.err.Load() }
 
-// connections are the two of a process. Reads have their own: web's would keep requests
-// waiting, and the worker's could deadlock valkey-go on the subscribing connection.
+// connections are the two clients of a process. Reads have their own: web's would keep
+// requests waiting, the worker's could deadlock valkey-go on the subscribing connection.
 type connections struct {
 	client, reader valkey.Client
 	channel        string
@@ -268,7 +268,7 @@ func newValkeyClient(cfg valkeyConfig, log *slog.Logger) valkey.Client {
 	if cfg.TLS {
 		o.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.TLSRoots}
 	}
-	client, err := valkey.NewClient(o) // with one address, there always is one
+	client, err := valkey.NewClient(o) // with ForceSingleClient, a client in any case
 	if err != nil {
 		log.Warn("valkey cannot be reached yet", "addr", cfg.Addr, "err", valkeyError("connecting", err))
 	}

@@ -13,14 +13,14 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// kind is a kind of workload that the worker can restart. Nothing else knows in what
+// kind is a kind of workload that the worker can restart. Nothing else knows how
 // they differ. The pod template is at spec.template in all of them.
 type kind struct {
 	name        string
 	resource    schema.GroupVersionResource
 	restartedAt []string // path of the field that a restart sets to T
-	unit        int64    // T is rounded up to a multiple of so many microseconds
-	// rollout is for an object whose status is of its present generation.
+	unit        int64    // T is rounded up to a multiple of it, in microseconds
+	// rollout reads a status, which must be about the present generation.
 	rollout func(spec, status map[string]any) (done, failing bool)
 }
 
