@@ -453,6 +453,20 @@ func TestRestartOnlyKinds(t *testing.T) {
 		if by, _ := refusedBy(patch(field(`null`), fieldManager)); by != policyRefused {
 			t.Errorf("%s: taking the field away was refused by %s", kind, by)
 		}
+		// Nor does it give the field to a manager whose next apply would remove it.
+		path := annotationPath
+		if kind == "Rollout" {
+			path = []string{"f:spec", "f:restartAt"}
+		}
+		var given map[string]any
+		json.Unmarshal([]byte(field(`"`+restartOf(c.read(t, w))+`"`)), &given)
+		entries, _, _ := unstructured.NestedSlice(c.read(t, w).Object, "metadata", "managedFields")
+		claim(managedEntries(entries).of(forged), path...)
+		given["metadata"] = map[string]any{"managedFields": entries}
+		if by, _ := refusedBy(patch(asJSON(given), fieldManager)); by != policyRefused {
+			t.Errorf("%s: giving the field to another manager was refused by %s", kind, by)
+		}
+		refused++
 	}
 	fmt.Printf("%s: the restarts pass, %d other changes are refused\n", t.Name(), refused)
 }
