@@ -128,8 +128,8 @@ type workloadCache struct {
 	watchAge time.Duration
 	now      func() time.Time
 	end      context.CancelCauseFunc // of run
-	// look is called with a workload that is new to the cache, was resumed, or runs
-	// another image. It must not block.
+	// look is called with a workload that is new to the cache, was resumed, left OnDelete,
+	// or runs another image. It must not block.
 	look func(*workload)
 
 	mu    sync.Mutex // held while an entry is replaced and looked at, and for the scopes' state

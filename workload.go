@@ -216,7 +216,7 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 		addedAt = d.created.Add(-createdTolerance)
 		previous = &workload{restartedAt: d.restartedAt, newestRestart: d.restartedAt}
 	}
-	look = previous.paused && !d.paused
+	look = previous.paused && !d.paused || previous.onDelete && !d.onDelete
 	for i := range d.images {
 		image := &d.images[i]
 		if before := previous.image(image.ref); before != nil && before.pinned == image.pinned {

@@ -225,7 +225,7 @@ func (c cluster) mayList(t testing.TB, account func(testing.TB) user) error {
 }
 
 // testOnDelete: pods of the update strategy OnDelete are not restarted, and the job is
-// told.
+// told. With another strategy, they are.
 func testOnDelete(t *testing.T, g *rolloutRig, worker *program, namespace string) {
 	image, strategy := newImage(), map[string]any{"updateStrategy": map[string]any{"type": "OnDelete"}}
 	all := []workload{
@@ -241,7 +241,7 @@ func testOnDelete(t *testing.T, g *rolloutRig, worker *program, namespace string
 		}
 		return nil
 	})
-	_, f := g.push(t, image)
+	at, f := g.push(t, image)
 	want := asJSON(report{Matched: 2, Kinds: map[string]int{"DaemonSet": 1, "StatefulSet": 1}, Skipped: map[string]int{"the update strategy is OnDelete": 2}})
 	f.waitFor(t, rolloutTime, want, func(r rollout) bool { return r.State == "unmatched" && r.counts("default") == want })
 	for _, w := range all {
@@ -249,7 +249,18 @@ func testOnDelete(t *testing.T, g *rolloutRig, worker *program, namespace string
 			t.Errorf("%s was restarted at %s", w.kind, at)
 		}
 		worker.waitLogged(t, 10*time.Second, "msg", "not restarted", "reason", "the update strategy is OnDelete", strings.ToLower(w.kind), w.name)
+		if _, err := g.admin.Resource(kindResources[w.kind]).Namespace(namespace).Patch(t.Context(), w.name, types.MergePatchType,
+			[]byte(`{"spec":{"updateStrategy":{"type":"RollingUpdate"}}}`), metav1.PatchOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, rolloutTime, w.kind+" is restarted with another strategy", func() error {
+			if got := restartOf(g.read(t, w)); got != stamp(at) {
+				return fmt.Errorf("it has %q, want %s", got, stamp(at))
+			}
+			return nil
+		})
 	}
+	f.wait(t, rolloutTime, "complete")
 }
 
 // testPartition: as for kubectl, a StatefulSet is complete when the pods above its
