@@ -487,6 +487,17 @@ func TestKustomization(t *testing.T) {
 	from := spec["ingress"].([]any)[0].(map[string]any)["from"].([]any)[0].(map[string]any)
 	from["namespaceSelector"].(map[string]any)["matchLabels"].(map[string]any)["kubernetes.io/metadata.name"] = "ingress-nginx"
 	mustEqual(t, "the overlay", build("."), want)
+	// In another namespace, the policy still applies to the worker.
+	if err := os.WriteFile(dir+"/kustomization.yaml", []byte("namespace: platform\n"+readText(t, overlay)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	policy, account := manifestNamed(t, build("."), "ValidatingAdmissionPolicy", "kuberollouttrigger-worker"), "system:serviceaccount:platform:worker"
+	if !strings.Contains(asJSON(policy.Object["spec"].(map[string]any)["matchConditions"]), "'"+account+"'") {
+		t.Errorf("in the namespace platform, the policy does not apply to %s", account)
+	}
+	if err := os.WriteFile(dir+"/kustomization.yaml", []byte(readText(t, overlay)), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	for key, object := range byKey(want) {
 		if strings.Contains(object, "REPLACE_ME") {
 			t.Errorf("with the overlay, %s is to be edited: %s", key, object)
