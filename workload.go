@@ -227,10 +227,18 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 		look = true
 	}
 	d.newestRestart, d.restartedSince = previous.newestRestart, previous.restartedSince
-	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && d.restartedAt != d.newestRestart {
+	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && !sameTime(d.restartedAt, d.newestRestart) {
 		d.newestRestart, d.restartedSince = max(d.restartedAt, d.newestRestart), seen
 	}
 	return look
+}
+
+// sameTime compares two values of restartedAt: Argo Rollouts rewrites the worker's in
+// whole seconds when it changes a Rollout.
+func sameTime(a, b string) bool {
+	x, err := time.Parse(time.RFC3339, a)
+	y, wrong := time.Parse(time.RFC3339, b)
+	return a == b || err == nil && wrong == nil && x.Equal(y)
 }
 
 // verdict is what a request means for a workload.

@@ -90,6 +90,19 @@ func TestDecide(t *testing.T) {
 	}
 }
 
+// Argo Rollouts rewrites the worker's time in whole seconds, which is no other restart.
+func TestRewrittenRestart(t *testing.T) {
+	now := time.Unix(1_000_000, 0)
+	before := &workload{restartedAt: "2026-11-21T12:00:05.000000Z", newestRestart: "2026-11-21T12:00:05.000000Z", restartedSince: now}
+	for value, want := range map[string]string{"2026-11-21T12:00:05Z": before.newestRestart, "2026-11-21T12:00:06Z": "2026-11-21T12:00:06Z"} {
+		after := &workload{restartedAt: value}
+		after.inherit(before, now, now.Add(time.Second))
+		if after.newestRestart != want || after.restartedSince.Equal(now) != (want == before.newestRestart) {
+			t.Errorf("%s: the newest restart is %s, since %s", value, after.newestRestart, after.restartedSince)
+		}
+	}
+}
+
 // Nothing is older than it is, and no restart newer, because one of the two clocks
 // is wrong.
 func TestClocks(t *testing.T) {
