@@ -274,7 +274,6 @@ func (s *scope) IsWatchListSemanticsUnSupported() bool { return true }
 // the options: the reflector and its pager list without a limit after a 410, or when a
 // continue token expires. Here that is an error, and the reflector begins again.
 func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object, error) {
-	s.setWatched(false)
 	var entries []*workload
 	o := metav1.ListOptions{LabelSelector: s.cache.selector, Limit: listPage}
 	for {
@@ -316,7 +315,6 @@ func (s *scope) replace(entries []*workload) {
 // watch starts a watch that ends after watchAge. client-go takes a deadline for a
 // normal end, and the reflector goes on from the last resourceVersion.
 func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
-	s.setWatched(false)
 	o.LabelSelector = s.cache.selector
 	ctx, cancel := context.WithTimeout(ctx, s.cache.watchAge)
 	overdue := time.AfterFunc(requestTimeout, cancel)
@@ -328,17 +326,27 @@ func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interfac
 	}
 	s.setWatched(true)
 	watchesStarted.Inc()
-	return stream, nil
+	return endingWatch{stream, func() {
+		s.setWatched(false)
+		cancel()
+	}}, nil
 }
 
-// setWatched notes that a watch is open, or that the last one has ended: the
-// reflector begins the next list or watch only then.
+// endingWatch tells when the reflector stops it, as it does with every watch.
+type endingWatch struct {
+	watch.Interface
+	ended func()
+}
+
+func (w endingWatch) Stop() {
+	w.Interface.Stop()
+	w.ended()
+}
+
 func (s *scope) setWatched(open bool) {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
-	if s.watched != open {
-		s.watched, s.unwatched = open, s.cache.now()
-	}
+	s.watched, s.unwatched = open, s.cache.now()
 }
 
 // checkPossible ends the run if a scope that was never watched is forbidden or unknown:
