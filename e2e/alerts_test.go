@@ -111,6 +111,7 @@ type alert struct{ name, about string }
 
 var faults = map[string]fault{
 	"none":          {script: noFault},
+	"paced":         {script: pacedFault},
 	"valkey gone":   {valkeyFault, []alert{{"Unavailable", ""}, {"NotSubscribed", "worker-0"}, {"CatchUpOld", "worker-0"}}},
 	"issuer down":   {issuerFault, []alert{{"KeysOld", "web-0"}, {"KeysOld", "web-1"}, {"Unavailable", ""}}},
 	"api down":      {apiFault, []alert{{"NoWatch", "worker-0"}}},
@@ -148,6 +149,24 @@ func noFault(t *testing.T) map[string]observation {
 	if r.restarts(paused) == 0 {
 		t.Error("the paused Deployment was not restarted")
 	}
+	return s.observed(t)
+}
+
+// pacedFault: of two Deployments, one waits for its turn, so that its restart is late.
+func pacedFault(t *testing.T) map[string]observation {
+	s := startSite(t, "WORKER_RESTARTS_PER_MINUTE=2")
+	both := []deployment{s.app("one", newImage()), s.app("other", newImage())}
+	createAll(t, both)
+	s.begin = s.before
+	s.advance(t, s.worker, "worker-0", `workloads{kind="Deployment"}`, "watch_event_timestamp_seconds")
+	s.begin = s.scrapeBoth(t)
+	for _, d := range both {
+		s.push(t, d.images[0])
+	}
+	s.goOn(t)
+	s.advance(t, s.worker, "worker-0", "caught_up_timestamp_seconds")
+	s.count(2, `restarts_total{kind="Deployment"}`)
+	s.has(t, `restarts_total{kind="Deployment"}`)
 	return s.observed(t)
 }
 
