@@ -54,8 +54,10 @@ func (k *kind) String() string { return k.resource.GroupResource().String() }
 // attribute is what log lines call the name of a workload.
 func (k *kind) attribute() string { return strings.ToLower(k.name) }
 
+func (k *kind) roundUp(at int64) int64 { return (at + k.unit - 1) / k.unit * k.unit }
+
 // value is what a restart for T sets.
-func (k *kind) value(at int64) string { return formatTime((at + k.unit - 1) / k.unit * k.unit) }
+func (k *kind) value(at int64) string { return formatTime(k.roundUp(at)) }
 
 // patch returns a JSON merge patch that sets the value, with preconditions.
 func (k *kind) patch(value string, preconditions map[string]string) []byte {
@@ -293,6 +295,7 @@ type rules struct {
 
 // decide is the one rule for messages, catch-up and retries alike.
 func (b rules) decide(d *workload, image usedImage, r request, m moment) decision {
+	m.newest = d.kind.roundUp(m.newest) // as the values that it is compared with
 	next := decision{verdict: due, image: image, request: r}
 	age, interval := m.now.Sub(r.made), m.now.Sub(d.restartedSince)
 	switch {

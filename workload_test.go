@@ -29,24 +29,25 @@ func TestDecide(t *testing.T) {
 		interval time.Duration
 		want     verdict
 	}{
-		"never restarted":                            {request: received(later), image: cached(time.Hour), want: due},
-		"never restarted, caught up":                 {request: caughtUp(later), image: cached(time.Hour), want: due},
-		"restarted before T":                         {d: workload{restartedAt: own(-time.Microsecond)}, request: received(later), image: cached(time.Hour), want: due},
-		"restarted at T":                             {d: workload{restartedAt: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"restarted after T":                          {d: workload{restartedAt: own(time.Microsecond)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"restarted at T, and the annotation removed": {d: workload{newestRestart: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"own form, 5 s ahead":                        {d: workload{restartedAt: own(later + 5*time.Second)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"own form, more than 5 s ahead":              {d: workload{restartedAt: own(later + 5*time.Second + 1000)}, request: received(later), image: cached(time.Hour), want: due},
-		"own form, 2 h ahead, a T that is known":     {d: workload{restartedAt: own(2 * time.Hour)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: satisfied},
-		"own form, beyond each T that is known":      {d: workload{restartedAt: own(2*time.Hour + 1000)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: due},
-		"other form before T":                        {d: workload{restartedAt: other(-time.Second)}, request: received(later), image: cached(time.Hour), want: due},
-		"other form at T":                            {d: workload{restartedAt: other(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"other form now":                             {d: workload{restartedAt: other(later)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"other form from the future":                 {d: workload{restartedAt: other(later + time.Second)}, newest: time.Hour, request: received(later), image: cached(time.Hour), want: due},
-		"other form with an offset":                  {d: workload{restartedAt: at.In(time.FixedZone("", 3600)).Format(time.RFC3339)}, request: received(later), image: cached(time.Hour), want: satisfied},
-		"milliseconds are another form":              {d: workload{restartedAt: at.Add(later + time.Second).Format("2006-01-02T15:04:05.000Z")}, request: received(later), image: cached(time.Hour), want: due},
-		"an offset is another form":                  {d: workload{restartedAt: at.Add(later+time.Second).Format("2006-01-02T15:04:05.000000") + "+00:00"}, request: received(later), image: cached(time.Hour), want: due},
-		"no time at all":                             {d: workload{restartedAt: "yesterday"}, request: received(later), image: cached(time.Hour), want: due},
+		"never restarted":                                {request: received(later), image: cached(time.Hour), want: due},
+		"never restarted, caught up":                     {request: caughtUp(later), image: cached(time.Hour), want: due},
+		"restarted before T":                             {d: workload{restartedAt: own(-time.Microsecond)}, request: received(later), image: cached(time.Hour), want: due},
+		"restarted at T":                                 {d: workload{restartedAt: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"restarted after T":                              {d: workload{restartedAt: own(time.Microsecond)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"restarted at T, and the annotation removed":     {d: workload{newestRestart: own(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, 5 s ahead":                            {d: workload{restartedAt: own(later + 5*time.Second)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, more than 5 s ahead":                  {d: workload{restartedAt: own(later + 5*time.Second + 1000)}, request: received(later), image: cached(time.Hour), want: due},
+		"own form, 2 h ahead, a T that is known":         {d: workload{restartedAt: own(2 * time.Hour)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: satisfied},
+		"own form, beyond each T that is known":          {d: workload{restartedAt: own(2*time.Hour + 1000)}, newest: 2 * time.Hour, request: received(later), image: cached(time.Hour), want: due},
+		"a Rollout's, rounded up from a T that is known": {d: workload{kind: kinds[3], restartedAt: own(2 * time.Hour)}, newest: 2*time.Hour - time.Microsecond, request: received(later), image: cached(time.Hour), want: satisfied},
+		"other form before T":                            {d: workload{restartedAt: other(-time.Second)}, request: received(later), image: cached(time.Hour), want: due},
+		"other form at T":                                {d: workload{restartedAt: other(0)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"other form now":                                 {d: workload{restartedAt: other(later)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"other form from the future":                     {d: workload{restartedAt: other(later + time.Second)}, newest: time.Hour, request: received(later), image: cached(time.Hour), want: due},
+		"other form with an offset":                      {d: workload{restartedAt: at.In(time.FixedZone("", 3600)).Format(time.RFC3339)}, request: received(later), image: cached(time.Hour), want: satisfied},
+		"milliseconds are another form":                  {d: workload{restartedAt: at.Add(later + time.Second).Format("2006-01-02T15:04:05.000Z")}, request: received(later), image: cached(time.Hour), want: due},
+		"an offset is another form":                      {d: workload{restartedAt: at.Add(later+time.Second).Format("2006-01-02T15:04:05.000000") + "+00:00"}, request: received(later), image: cached(time.Hour), want: due},
+		"no time at all":                                 {d: workload{restartedAt: "yesterday"}, request: received(later), image: cached(time.Hour), want: due},
 
 		"cached when the message arrived, added later by another clock": {request: received(later), image: added(time.Hour, time.Hour), want: due},
 		"cached after the message, added before T":                      {request: received(later), image: added(time.Minute, -1), want: due},
@@ -75,6 +76,9 @@ func TestDecide(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tt.request.at = at.UnixMicro()
+			if tt.d.kind == nil {
+				tt.d.kind = kinds[0]
+			}
 			m := moment{now: now, clock: clock, newest: at.Add(tt.newest).UnixMicro()}
 			got := rules{window: time.Hour, interval: tt.interval}.decide(&tt.d, tt.image, tt.request, m)
 			if got.verdict != tt.want {
