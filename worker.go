@@ -11,11 +11,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
-	"k8s.io/client-go/util/flowcontrol"
 	"k8s.io/client-go/util/workqueue"
 )
 
@@ -53,7 +53,7 @@ type worker struct {
 	cache    *workloadCache
 	queue    workqueue.TypedDelayingInterface[string]
 	backoff  workqueue.TypedRateLimiter[string]
-	pace     flowcontrol.PassiveRateLimiter // of WORKER_RESTARTS_PER_MINUTE, unless that is 0
+	pace     *rate.Limiter // of WORKER_RESTARTS_PER_MINUTE, unless that is 0
 	cfg      workerConfig
 	rules    rules
 	now      func() time.Time
@@ -77,7 +77,7 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 		backoff:    workqueue.NewTypedItemExponentialFailureRateLimiter[string](minBackoff, maxBackoff),
 		catchUpDue: time.NewTimer(catchUpInterval),
 		requests:   newRequests(now),
-		pace:       flowcontrol.NewTokenBucketPassiveRateLimiter(float32(cfg.RestartsPerMinute)/60, 1),
+		pace:       rate.NewLimiter(rate.Limit(cfg.RestartsPerMinute)/60, 1),
 	}
 	w.caughtUp.set(errors.New("not caught up yet"))
 	w.follower = &follower{worker: w, images: map[string]*followed{}}
@@ -253,7 +253,8 @@ func (w *worker) reconcileLoop(ctx context.Context) {
 // if another worker was faster: in a rollout it changes several times a second.
 func (w *worker) reconcile(ctx context.Context, key string) {
 	d := w.cache.get(key)
-	if wait, _ := w.waiting(key); wait > 0 && d != nil {
+	wait, paced := w.waiting(key)
+	if wait > 0 && d != nil {
 		w.queue.AddAfter(key, wait)
 		return
 	}
@@ -261,11 +262,13 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patchTimeout)
 	defer cancel()
 	versioned := w.backoff.NumRequeues(key) == 0
-	pacing := versioned && w.cfg.RestartsPerMinute > 0
+	pacing := w.cfg.RestartsPerMinute > 0 && versioned && !paced // which has had to wait for its turn
 	for fetched := false; d != nil; fetched = true {
 		next := w.decide(d)
-		if next.verdict == due && pacing && !fetched && !w.pace.TryAccept() {
-			next.verdict, next.reason, next.wait = deferred, paceReason, time.Minute/time.Duration(w.cfg.RestartsPerMinute)
+		if next.verdict == due && pacing && !fetched {
+			if next.wait = w.pace.Reserve().Delay(); next.wait > 0 {
+				next.verdict, next.reason = deferred, paceReason
+			}
 		}
 		var err error
 		if next.verdict == due {
@@ -320,11 +323,10 @@ func (w *worker) decide(d *workload) (next decision) {
 // Nothing cuts the pause after a failure short.
 func (w *worker) settle(d *workload, next decision, err error) {
 	key := d.key()
-	_, paced := w.waiting(key)
 	log := w.log.With("namespace", d.namespace, d.kind.attribute(), d.name,
 		"image", next.image.ref, "requested_at", formatTime(next.request.at))
 	switch {
-	case next.verdict == satisfied, next.reason == paceReason && paced: // which was said before
+	case next.verdict == satisfied:
 	case next.verdict == expired && w.backoff.NumRequeues(key) > 0:
 		giveUps.Inc()
 		log.Error("gave up: the restart failed until the request expired")
