@@ -186,7 +186,7 @@ func runWeb(ctx context.Context, args []string, getenv func(string) string, stdo
 	// The default would collect web's few MiB a hundred times a second under load.
 	debug.SetGCPercent(400)
 	if getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(48 << 20)
+		debug.SetMemoryLimit(40 << 20)
 	}
 	return serveWeb(ctx, cfg, http.DefaultClient, log)
 }

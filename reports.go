@@ -35,7 +35,7 @@ const (
 	awayAge  = 24 * time.Hour      // how long one that is not alive counts as away
 
 	readTimeout = 2500 * time.Millisecond // for one read of the reports
-	maxReading  = 8                       // at once; one about all that may be asked takes 0.5 MB
+	maxReading  = 4                       // at once; one about all that may be asked takes 0.5 MB
 )
 
 // rolloutState is one of rolloutStates. The greatest stands for several.

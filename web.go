@@ -39,7 +39,7 @@ type web struct {
 	prefixes imagePrefixes
 	quota    quota
 	denials  atomic.Int64    // of unauthenticated callers, in denialInterval
-	waiting  atomic.Int64    // GET /rollout in flight
+	waiting  atomic.Int64    // GET /rollout that wait, or may
 	stopping <-chan struct{} // closed when none shall wait any more
 
 	// These are the publisher's.
@@ -287,8 +287,10 @@ func parseRolloutQuery(raw string) (q rolloutQuery, err error) {
 // that the job has seen, or when the wait is over.
 func (s *web) rollout(c *call) (any, error) {
 	q := c.asked
-	defer s.waiting.Add(-1)
-	if s.waiting.Add(1) > maxWaiting {
+	if s.waiting.Add(1) <= maxWaiting {
+		defer s.waiting.Add(-1)
+	} else { // what does not wait must keep nobody from it
+		s.waiting.Add(-1)
 		q.wait = 0
 	}
 	http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(q.wait + writeTimeout))
