@@ -134,17 +134,28 @@ func newClient() dynamic.Interface {
 func newPatcher() http.Handler {
 	stream, err := rest.HTTPClientFor(newConfig())
 	check(err)
-	request, err := http.NewRequest(http.MethodGet, os.Getenv("API")+"/apis/apps/v1/deployments?watch=1&resourceVersion="+os.Getenv("SINCE"), nil)
-	check(err)
-	watch, err := stream.Do(request)
-	check(err)
-	go func() {
-		_, err := io.Copy(io.Discard, watch.Body)
-		log.Fatal("the watch ended: ", err)
-	}()
+	open := func(since string) io.Reader {
+		request, err := http.NewRequest(http.MethodGet, os.Getenv("API")+"/apis/apps/v1/deployments?watch=1&resourceVersion="+since, nil)
+		check(err)
+		response, err := stream.Do(request)
+		check(err)
+		return response.Body
+	}
 	client := newClient()
-	_, err = client.Resource(deployments).List(context.Background(), metav1.ListOptions{Limit: 1}) // connects
-	check(err)
+	newest := func() string {
+		list, err := client.Resource(deployments).List(context.Background(), metav1.ListOptions{Limit: 1})
+		check(err)
+		return list.GetResourceVersion()
+	}
+	watch := open(os.Getenv("SINCE"))
+	go func() {
+		for { // the API server ends a watch that is slower than the changes
+			_, err := io.Copy(io.Discard, watch)
+			log.Print("the watch ended: ", err)
+			watch = open(newest())
+		}
+	}()
+	newest() // connects
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var patches []struct{ Namespace, Name, Body string }
 		check(json.NewDecoder(r.Body).Decode(&patches))
