@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"maps"
@@ -35,6 +36,7 @@ const (
 	awayAge  = 24 * time.Hour      // how long one that is not alive counts as away
 
 	readTimeout = 2500 * time.Millisecond // for one read of the reports
+	turnTimeout = 250 * time.Millisecond  // until it may begin: what waits for it takes memory
 	maxReading  = 4                       // at once; one about all that may be asked takes 0.5 MB
 )
 
@@ -285,8 +287,8 @@ func (p *publisher) readRollout(ctx context.Context, images []string, since, see
 	select {
 	case p.reading <- struct{}{}:
 		defer func() { <-p.reading }()
-	case <-ctx.Done():
-		return nil, &denial{http.StatusServiceUnavailable, "too many jobs ask, try again", ctx.Err()}
+	case <-time.After(turnTimeout):
+		return nil, &denial{http.StatusServiceUnavailable, "too many jobs ask, try again", errors.New("too many reads of the reports")}
 	}
 	b := p.reader.B()
 	commands := valkey.Commands{b.Time().Build(), b.Zrange().Key(clustersKey(p.channel)).Min("0").Max("-1").Withscores().Build()}
