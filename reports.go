@@ -281,18 +281,19 @@ type imageRollout struct {
 
 // readRollout reads the reports about the newest requests for images. Its error is a 404 if
 // one is older than since or reportAge. Its result is nil if it has the version seen.
-func (p *publisher) readRollout(ctx context.Context, images []string, since, seen string) (*rollout, error) {
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
-	defer cancel()
+// A query that waits may wait for its turn as long.
+func (p *publisher) readRollout(ctx context.Context, q rolloutQuery) (*rollout, error) {
 	select {
 	case p.reading <- struct{}{}:
 		defer func() { <-p.reading }()
-	case <-time.After(turnTimeout):
+	case <-time.After(max(q.wait, turnTimeout)):
 		return nil, &denial{http.StatusServiceUnavailable, "too many jobs ask, try again", errors.New("too many reads of the reports")}
 	}
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
 	b := p.reader.B()
 	commands := valkey.Commands{b.Time().Build(), b.Zrange().Key(clustersKey(p.channel)).Min("0").Max("-1").Withscores().Build()}
-	for _, image := range images {
+	for _, image := range q.images {
 		commands = append(commands, b.Zscore().Key(ledgerKey(p.channel)).Member(image).Build(), b.Hgetall().Key(reportKey(p.channel, image)).Build())
 	}
 	replies := p.reader.DoMulti(ctx, commands...)
@@ -314,21 +315,21 @@ func (p *publisher) readRollout(ctx context.Context, images []string, since, see
 	slices.Sort(live) // Valkey sorts by when they were alive
 	version := fnv.New64a()
 	fmt.Fprint(version, live, result.Away)
-	for i, image := range images {
+	for i, image := range q.images {
 		score, _ := replies[2+2*i].AsFloat64()
 		reports, _ := replies[3+2*i].AsStrMap()
 		requestedAt := formatTime(int64(score))
-		if requestedAt < since || now.Sub(time.UnixMicro(int64(score))) > reportAge {
+		if requestedAt < q.since || now.Sub(time.UnixMicro(int64(score))) > reportAge {
 			return nil, tell(http.StatusNotFound, fmt.Errorf("no request for %s since then, or within %s", image, reportAge))
 		}
 		result.Images = append(result.Images, imageRollout{Image: image, RequestedAt: requestedAt, stored: reports})
 		fmt.Fprint(version, requestedAt, reports)
 	}
-	if result.Version = strconv.FormatUint(version.Sum64(), 36); result.Version == seen {
+	if result.Version = strconv.FormatUint(version.Sum64(), 36); result.Version == q.seen {
 		return nil, nil
 	}
 	for i := range result.Images {
-		result.Images[i].decode(live, since)
+		result.Images[i].decode(live, q.since)
 		result.State = max(result.State, result.Images[i].State)
 	}
 	return result, nil

@@ -44,7 +44,7 @@ type web struct {
 
 	// These are the publisher's.
 	publish     func(ctx context.Context, images []string, mayAdd int) (publication, error)
-	readRollout func(ctx context.Context, images []string, since, seen string) (*rollout, error)
+	readRollout func(ctx context.Context, q rolloutQuery) (*rollout, error)
 }
 
 // accepted is the body of a 202.
@@ -296,7 +296,7 @@ func (s *web) rollout(c *call) (any, error) {
 	http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(q.wait + writeTimeout))
 	enough := time.After(q.wait)
 	for {
-		state, err := s.readRollout(context.WithoutCancel(c.r.Context()), q.images, q.since, q.seen)
+		state, err := s.readRollout(context.WithoutCancel(c.r.Context()), q)
 		if err != nil {
 			return nil, err
 		}
