@@ -325,7 +325,7 @@ func (s *scope) watch(ctx context.Context, o metav1.ListOptions) (watch.Interfac
 		return nil, s.checkPossible("watch", err)
 	}
 	s.setWatched(true)
-	watchesStarted.Inc()
+	watchesStarted(s.kind.name).Inc()
 	return endingWatch{stream, func() {
 		s.setWatched(false)
 		cancel()

@@ -236,7 +236,7 @@ var (
 	rollouts            = newCounters(workerMetrics, `rollouts_total{state=%q}`, rolloutStates[complete], rolloutStates[failed], rolloutStates[unmatched])
 	rolloutSeconds      = newHistogram(workerMetrics, "rollout_seconds")
 	watchEventAt        = workerMetrics.NewGauge(metricPrefix+"watch_event_timestamp_seconds", nil)
-	watchesStarted      = workerMetrics.NewCounter(metricPrefix + "watches_started_total")
+	watchesStarted      = newCounters(workerMetrics, `watches_started_total{kind=%q}`, kindNames()...)
 	queueLength         = workerMetrics.NewGauge(metricPrefix+"queue_length", nil)
 )
 

@@ -40,6 +40,7 @@ func startSite(t testing.TB, settings ...string) *site {
 	s := &site{day: startDay(t)}
 	s.launchWeb(t)
 	s.web.waitReady(t, 20*time.Second)
+	s.kubeconfig = user{name: "admin", token: adminToken}.kubeconfig(t, s.api.url) // for all kinds
 	s.worker = startWorker(t, s.valkey.addr, s.kubeconfig, append([]string{"WORKER_NAMESPACES=" + s.namespace}, settings...)...)
 	s.before = s.scrapeBoth(t)
 	return s
@@ -87,7 +88,7 @@ func (s *site) goOn(t testing.TB) {
 	t.Helper()
 	s.refuse(t, http.StatusUnauthorized, s.issuer.unknownKid())
 	s.api.endWatches()
-	s.advance(t, s.worker, "worker-0", "watches_started_total")
+	s.advance(t, s.worker, "worker-0", `watches_started_total{kind="Deployment"}`)
 	s.advance(t, s.web, "web-0", "keys_fetched_timestamp_seconds")
 }
 
@@ -115,6 +116,7 @@ var faults = map[string]fault{
 	"valkey gone":   {valkeyFault, []alert{{"Unavailable", ""}, {"NotSubscribed", "worker-0"}, {"CatchUpOld", "worker-0"}}},
 	"issuer down":   {issuerFault, []alert{{"KeysOld", "web-0"}, {"KeysOld", "web-1"}, {"Unavailable", ""}}},
 	"api down":      {apiFault, []alert{{"NoWatch", "worker-0"}}},
+	"a kind down":   {kindFault, []alert{{"NoWatch", "worker-0"}}},
 	"restarts fail": {restartFault, []alert{{"RestartGaveUp", ""}, {"RestartIneffective", ""}, {"RestartsSlow", "worker-0"}, {"RolloutFailed", ""}}},
 	"all dead":      {deadFault, []alert{{"Down", "web"}, {"Down", "worker"}}},
 }
@@ -208,6 +210,17 @@ func apiFault(t *testing.T) map[string]observation {
 	s.worker.waitNotReady(t, 20*time.Second)
 	s.refuse(t, http.StatusUnauthorized, s.issuer.unknownKid())
 	s.advance(t, s.web, "web-0", "keys_fetched_timestamp_seconds")
+	s.advance(t, s.worker, "worker-0", "caught_up_timestamp_seconds")
+	return s.observed(t)
+}
+
+// kindFault: the API server answers nothing but errors about one of two kinds.
+func kindFault(t *testing.T) map[string]observation {
+	s := startSite(t, "WORKER_KINDS=deployments.apps,statefulsets.apps")
+	s.api.set(answering(500, "", func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, "/statefulsets") }))
+	s.begin = s.scrapeBoth(t)
+	s.goOn(t)
+	s.worker.waitNotReady(t, 20*time.Second)
 	s.advance(t, s.worker, "worker-0", "caught_up_timestamp_seconds")
 	return s.observed(t)
 }

@@ -431,8 +431,8 @@ func (d *day) check(t testing.TB, web, worker *scrape) {
 			}
 			want := d.want[series]
 			switch series {
-			case "watches_started_total", "caught_up_requests_total": // by time, and by a race with a message
-				if one.value < 1 && series == "watches_started_total" || one.value > 5 {
+			case `watches_started_total{kind="Deployment"}`, "caught_up_requests_total": // by time, and by a race with a message
+				if one.value < 1 && name == ours+"watches_started_total" || one.value > 5 {
 					t.Errorf("%s is %v", series, one.value)
 				}
 			default:
