@@ -160,7 +160,7 @@ func TestKubectlApply(t *testing.T) {
 	if err := os.WriteFile(edited+"/config.yaml", []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	const latest = "https://github.com/acme/kuberollouttrigger/releases/latest/download/"
+	const latest = "https://github.com/OWNER/kuberollouttrigger/releases/latest/download/"
 	_, apply, _ := strings.Cut(readText(t, "../docs/install.md"), "\n## Apply\n")
 	apply, _, _ = strings.Cut(apply, "\n```\n")
 	for name, from := range map[string]struct {

@@ -55,7 +55,7 @@ type pipelineJob struct {
 }
 
 // documentedAction stands for the action.
-const documentedAction = "acme/kuberollouttrigger/action@v1"
+const documentedAction = "OWNER/kuberollouttrigger/action@v1"
 
 var blockRE = regexp.MustCompile("(?ms)^```([a-z]+)\n(.*?)^```$")
 

@@ -111,7 +111,7 @@ func TestReleaseWorkflows(t *testing.T) {
 	}
 	// The documented command expects the identity of the workflow that signs.
 	identity := regexp.MustCompile(`--certificate-identity (\S+)`).FindStringSubmatch(readText(t, "../docs/install.md"))
-	if len(identity) != 2 || identity[1] != "https://github.com/acme/kuberollouttrigger/.github/workflows/release.yaml@refs/tags/v1.0.0" {
+	if len(identity) != 2 || identity[1] != "https://github.com/OWNER/kuberollouttrigger/.github/workflows/release.yaml@refs/tags/v1.0.0" {
 		t.Errorf("docs/install.md has the identity %q", identity)
 	}
 }
@@ -471,7 +471,7 @@ func TestKustomization(t *testing.T) {
 	if digest == nil {
 		t.Fatal("the overlay has no digest")
 	}
-	want := withImage(t, "ghcr.io/acme/kuberollouttrigger@"+digest[1])
+	want := withImage(t, "ghcr.io/OWNER/kuberollouttrigger@"+digest[1])
 	options := map[string]texts{
 		home:  {"ALLOWED_IMAGE_PREFIX": "ghcr.io/acme"},
 		"web": {"GITHUB_ALLOWED_ORG": "acme", "GITHUB_OIDC_AUDIENCE": "https://rollout.example.com"},
