@@ -194,6 +194,29 @@ func TestKubectlApply(t *testing.T) {
 	}
 }
 
+// TestStorageClass: the command of docs/install.md names the class of Valkey's volume in a
+// cluster without a default one, and what is applied later does not undo it.
+func TestStorageClass(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	command := regexp.MustCompile(`(?m)^kubectl .* patch pvc .*$`).FindString(readText(t, "../docs/install.md"))
+	apply := "kubectl apply -f k8s/00-namespace.yaml -f k8s/20-valkey.yaml"
+	cmd := exec.Command("bash", "-euc", strings.Join([]string{apply, strings.ReplaceAll(command, "NAME", "fast"), apply}, "\n"))
+	cmd.Dir, cmd.Env = "..", []string{"PATH=" + c.bin + ":" + os.Getenv("PATH"), "HOME=" + t.TempDir(),
+		"KUBECONFIG=" + user{name: "admin", token: adminToken}.kubeconfig(t, c.url)}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	claims := schema.GroupVersionResource{Version: "v1", Resource: "persistentvolumeclaims"}
+	claim, err := c.admin.Resource(claims).Namespace(home).Get(t.Context(), "valkey", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if class, _, _ := unstructured.NestedString(claim.Object, "spec", "storageClassName"); command == "" || class != "fast" {
+		t.Errorf("after %q the class is %q", command, class)
+	}
+}
+
 // mustApplyTwice runs the arguments of kubectl in a folder: the first one, the one that
 // makes the Secret, the others, and then all that apply once more.
 func (c cluster) mustApplyTwice(t testing.TB, dir string, applies []string, secret string, objects []*unstructured.Unstructured) {
