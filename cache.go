@@ -127,7 +127,7 @@ type workloadCache struct {
 	scopes   []*scope
 	watchAge time.Duration
 	now      func() time.Time
-	end      context.CancelCauseFunc // of run
+	end      context.CancelCauseFunc // because of a scope that can never be watched
 	// look is called with a workload that is new to the cache, was resumed, left OnDelete,
 	// or runs another image. It must not block.
 	look func(*workload)
@@ -167,17 +167,6 @@ func newWorkloadCache(cfg workerConfig, client dynamic.Interface, log *slog.Logg
 	return c
 }
 
-// run keeps the cache up to date until ctx is done. It ends ctx itself because of a
-// scope that can never be watched.
-func (c *workloadCache) run(ctx context.Context, end context.CancelCauseFunc) {
-	c.end = end
-	var wg sync.WaitGroup
-	for _, s := range c.scopes {
-		wg.Go(func() { s.reflector.RunWithContext(ctx) })
-	}
-	wg.Wait()
-}
-
 // ready is nil while every scope is listed and watched.
 func (c *workloadCache) ready() error {
 	c.mu.Lock()
@@ -208,29 +197,22 @@ func (c *workloadCache) running(ref string) (ds []*workload) {
 	return ds
 }
 
-// origin is where a version of a workload comes from.
-type origin int
-
-const (
-	fromList   origin = iota
-	fromWatch         // older than an answer, perhaps
-	fromAnswer        // of the API server to the worker itself
-)
-
-// put stores a version of a workload. A watch may be behind an answer, and an
-// answer behind a watch, which may even have shown that the workload is gone.
-func (c *workloadCache) put(d *workload, from origin) {
+// put stores a version of a workload from a watch, or from an answer of the API server to
+// the worker itself. A watch may be behind an answer, and an answer behind a watch, which
+// may even have shown that the workload is gone.
+func (c *workloadCache) put(d *workload, isAnswer bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	previous, seen := c.get(d.key()), c.now()
-	switch {
-	case from == fromList:
-		seen = time.Time{} // nobody knows since when
-	case previous == nil && from == fromAnswer:
-		return
-	case previous != nil && revision(previous.resourceVersion) > revision(d.resourceVersion):
+	previous := c.get(d.key())
+	if previous == nil && isAnswer || previous != nil && revision(previous.resourceVersion) > revision(d.resourceVersion) {
 		return
 	}
+	c.set(previous, d, c.now())
+}
+
+// set makes d the entry. A restart that is new in it was seen at a time, zero if nobody
+// knows when, as after a list.
+func (c *workloadCache) set(previous, d *workload, seen time.Time) {
 	look := d.inherit(previous, c.now(), seen)
 	c.store.Update(d.key(), d)
 	if look {
@@ -297,12 +279,12 @@ func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object,
 // replace takes a complete list: what is not in it is gone.
 func (s *scope) replace(entries []*workload) {
 	c, listed := s.cache, map[string]bool{}
-	for _, d := range entries {
-		listed[d.key()] = true
-		c.put(d, fromList)
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	for _, d := range entries {
+		listed[d.key()] = true
+		c.set(c.get(d.key()), d, time.Time{})
+	}
 	for _, entry := range c.store.List() {
 		d := entry.(*workload)
 		if d.kind == s.kind && (s.namespace == "" || s.namespace == d.namespace) && !listed[d.key()] {
@@ -377,7 +359,7 @@ func (s *scope) Resync() error               { return nil }
 
 func (s *scope) Update(object any) error {
 	watchEventAt.Set(float64(s.cache.now().Unix()))
-	s.cache.put(newWorkload(s.kind, object.(*unstructured.Unstructured)), fromWatch)
+	s.cache.put(newWorkload(s.kind, object.(*unstructured.Unstructured)), false)
 	return nil
 }
 

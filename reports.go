@@ -12,8 +12,6 @@ import (
 	"reflect"
 	"slices"
 	"strconv"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/valkey-io/valkey-go"
@@ -119,18 +117,8 @@ func (w *worker) report(f *followed) report {
 	return r
 }
 
-// follower writes the reports about the images that were requested lately, and that
-// the cluster is alive.
-type follower struct {
-	worker   *worker
-	caughtUp atomic.Bool // since that was written
-	writing  health
-
-	mu     sync.Mutex
-	images map[string]*followed
-}
-
-// followed is an image whose newest request is followed until done. Only run changes it.
+// followed is an image whose newest request is followed until done. Only reportLoop
+// changes it.
 type followed struct {
 	image string
 	request
@@ -140,62 +128,64 @@ type followed struct {
 }
 
 // follow begins to follow a request, unless it follows a newer one. It does not block.
-func (f *follower) follow(image string, r request) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	known := f.images[image]
-	may := len(f.images) < 2*maxLedger && f.worker.now().Sub(r.made) < reportAge
+func (w *worker) follow(image string, r request) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	known := w.followed[image]
+	may := len(w.followed) < 2*maxLedger && w.now().Sub(r.made) < reportAge
 	if known == nil && may || known != nil && known.at < r.at {
-		f.images[image] = &followed{image: image, request: r}
+		w.followed[image] = &followed{image: image, request: r}
 	}
 }
 
-// run writes what has changed until ctx is done, with pauses that bound the writes
+// reportLoop writes what has changed until ctx is done, with pauses that bound the writes
 // about an image whatever the fan-out.
-func (f *follower) run(ctx context.Context) {
+func (w *worker) reportLoop(ctx context.Context) {
 	for ; ctx.Err() == nil; sleep(ctx, reportInterval) {
-		if err := f.write(ctx); f.writing.set(err) && err != nil && ctx.Err() == nil {
-			f.worker.log.Warn("reports not written, trying again", "err", err)
+		if err := w.writeReports(ctx); w.reported.set(err) && err != nil && ctx.Err() == nil {
+			w.log.Warn("reports not written, trying again", "err", err)
 		}
 	}
 }
 
-func (f *follower) write(ctx context.Context) error {
-	revision := f.worker.cache.reached() // before the entries are read
+// writeReports writes the reports that have changed, and after a catch-up that the
+// cluster is alive.
+func (w *worker) writeReports(ctx context.Context) error {
+	revision := w.cache.reached() // before the entries are read
 	if revision == 0 {
 		return nil // nothing would seem to run the images
 	}
-	pages := slices.Collect(slices.Chunk(f.changed(), ledgerPage))
-	if f.caughtUp.Swap(false) {
+	pages := slices.Collect(slices.Chunk(w.changedReports(), ledgerPage))
+	if w.alive.Swap(false) {
 		pages = append(pages, nil)
 	}
 	for _, images := range pages {
-		stored, err := f.worker.source.writeReports(ctx, f.worker.cfg.ClusterName, revision, images)
+		stored, err := w.source.writeReports(ctx, w.cfg.ClusterName, revision, images)
 		if err != nil {
 			return err
 		}
 		for i := range stored {
 			if stored[i] == 1 {
-				images[i].stored(f.worker.requests.moment().age(images[i].at))
+				images[i].stored(w.requests.moment().age(images[i].at))
 			}
 		}
 	}
 	return nil
 }
 
-// changed returns the images whose next report differs from the written one. An
+// changedReports returns the images whose next report differs from the written one. An
 // image is done when nothing more is to come.
-func (f *follower) changed() (images []*followed) {
-	now := f.worker.now()
-	f.mu.Lock()
-	maps.DeleteFunc(f.images, func(_ string, old *followed) bool { return now.Sub(old.made) > reportAge })
-	all := slices.Collect(maps.Values(f.images))
-	f.mu.Unlock()
+func (w *worker) changedReports() (images []*followed) {
+	now := w.now()
+	w.mu.Lock()
+	maps.DeleteFunc(w.followed, func(_ string, old *followed) bool { return now.Sub(old.made) > reportAge })
+	all := slices.Collect(maps.Values(w.followed))
+	w.mu.Unlock()
 	for _, followed := range all {
 		if followed.done {
 			continue
 		}
-		followed.next = f.worker.report(followed)
+		followed.next = w.report(followed)
 		followed.next.ChangedAt = followed.written.ChangedAt
 		if reflect.DeepEqual(followed.next, followed.written) {
 			followed.done = now.Sub(followed.made) > settledAge && followed.next.State <= complete

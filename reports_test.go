@@ -199,24 +199,24 @@ func TestRolloutIsDone(t *testing.T) {
 	w.awaitRollout(apiDev, report{State: progressing, Matched: 1, Restarted: 1})
 	w.ahead.Store(int64(settledAge + reportAge + 2*time.Second))
 	eventually(t, "nothing is followed", func() bool {
-		w.follower.mu.Lock()
-		defer w.follower.mu.Unlock()
-		return len(w.follower.images) == 0
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return len(w.followed) == 0
 	})
 	w.setValkeyClock(w.now()) // the requests are still in the ledger
-	if len(w.follower.images) != 0 {
+	if len(w.followed) != 0 {
 		t.Error("a catch-up has begun to follow an old request again")
 	}
 }
 
-// However many images a compromised web makes up, the follower is bounded.
+// However many images a compromised web makes up, what is followed is bounded.
 func TestFollowedImagesAreBounded(t *testing.T) {
 	m, _ := testValkey(t)
 	w := newTestWorker(t, newKubernetes(t), m)
 	for i := range 2*maxLedger + 100 {
-		w.follower.follow(fmt.Sprint("ghcr.io/other/api:", i), request{at: 1, made: time.Now()})
+		w.follow(fmt.Sprint("ghcr.io/other/api:", i), request{at: 1, made: time.Now()})
 	}
-	if n := len(w.follower.images); n != 2*maxLedger {
+	if n := len(w.followed); n != 2*maxLedger {
 		t.Errorf("%d images are followed", n)
 	}
 }

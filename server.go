@@ -98,11 +98,16 @@ func (s *service) run(ctx context.Context) error {
 	s.stopping.Store(true)
 	if s.api != nil {
 		time.Sleep(lameDuck)
-		err = errors.Join(err, drain("web", api))
+		draining, cancel := context.WithTimeout(context.Background(), drainTimeout)
+		defer cancel()
+		if late := api.Shutdown(draining); late != nil {
+			api.Close()
+			err = errors.Join(err, fmt.Errorf("draining web: %w", late))
+		}
 	}
 	stopTask()
 	task.Wait()
-	return errors.Join(err, drain("ops", ops))
+	return err
 }
 
 // start takes the port at once, so that a port in use is an error at start.
@@ -114,17 +119,6 @@ func (s *service) start(name, addr string, server *http.Server, failed chan<- er
 	s.log.Info("listening", "server", name, "addr", ln.Addr().String())
 	ln = headerListener{netutil.LimitListener(ln, maxConnections)}
 	go func() { failed <- fmt.Errorf("serving %s: %w", name, server.Serve(ln)) }()
-	return nil
-}
-
-// drain stops accepting and waits for the requests in flight.
-func drain(name string, server *http.Server) error {
-	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
-	defer cancel()
-	if err := server.Shutdown(ctx); err != nil {
-		server.Close()
-		return fmt.Errorf("draining %s: %w", name, err)
-	}
 	return nil
 }
 
@@ -218,8 +212,8 @@ var (
 	keyFetches      = newCounters(webMetrics, `key_fetches_total{result=%q}`, "ok", "error")
 	keysFetchedAt   = webMetrics.NewGauge(metricPrefix+"keys_fetched_timestamp_seconds", nil)
 	rolloutWaiting  = webMetrics.NewGauge(metricPrefix+"rollout_waiting", nil)
-	verifySeconds   = newHistogram(webMetrics, "verify_seconds")
-	publishSeconds  = newHistogram(webMetrics, "publish_seconds")
+	verifySeconds   = webMetrics.NewPrometheusHistogramExt(metricPrefix+"verify_seconds", bucketBounds)
+	publishSeconds  = webMetrics.NewPrometheusHistogramExt(metricPrefix+"publish_seconds", bucketBounds)
 
 	messages            = newCounters(workerMetrics, `messages_total{result=%q}`, "heard", "ignored")
 	caughtUpRequests    = workerMetrics.NewCounter(metricPrefix + "caught_up_requests_total")
@@ -232,18 +226,13 @@ var (
 	conflicts           = workerMetrics.NewCounter(metricPrefix + "conflicts_total")
 	giveUps             = workerMetrics.NewCounter(metricPrefix + "give_ups_total")
 	ineffectiveRestarts = workerMetrics.NewCounter(metricPrefix + "ineffective_restarts_total")
-	restartSeconds      = newHistogram(workerMetrics, "restart_seconds")
+	restartSeconds      = workerMetrics.NewPrometheusHistogramExt(metricPrefix+"restart_seconds", bucketBounds)
 	rollouts            = newCounters(workerMetrics, `rollouts_total{state=%q}`, rolloutStates[complete], rolloutStates[failed], rolloutStates[unmatched])
-	rolloutSeconds      = newHistogram(workerMetrics, "rollout_seconds")
+	rolloutSeconds      = workerMetrics.NewPrometheusHistogramExt(metricPrefix+"rollout_seconds", bucketBounds)
 	watchEventAt        = workerMetrics.NewGauge(metricPrefix+"watch_event_timestamp_seconds", nil)
 	watchesStarted      = newCounters(workerMetrics, `watches_started_total{kind=%q}`, kindNames()...)
 	queueLength         = workerMetrics.NewGauge(metricPrefix+"queue_length", nil)
 )
-
-// cachedWorkloads counts what the cache has of a kind.
-func cachedWorkloads(kind string) *metrics.Gauge {
-	return workerMetrics.GetOrCreateGauge(fmt.Sprintf(metricPrefix+"workloads{kind=%q}", kind), nil)
-}
 
 // counters is one metric with one label. Its values are constants, never a caller's text.
 type counters func(value string) *metrics.Counter
@@ -258,9 +247,5 @@ func newCounters(set *metrics.Set, name string, values ...string) counters {
 	return c
 }
 
+// bucketBounds are of le buckets: PromQL computes no quantiles from the library's own.
 var bucketBounds = []float64{1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 3600}
-
-// newHistogram has le buckets: PromQL computes no quantiles from the library's own.
-func newHistogram(set *metrics.Set, name string) *metrics.PrometheusHistogram {
-	return set.NewPrometheusHistogramExt(metricPrefix+name, bucketBounds)
-}

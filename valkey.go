@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
 	"net"
 	"strconv"
@@ -189,29 +188,25 @@ func (s *subscriber) time(ctx context.Context) (time.Time, error) {
 	return time.Unix(clock[0], clock[1]*int64(time.Microsecond)), nil
 }
 
-// ledger yields the entries since a time, the newest first, as they stand: the caller
+// ledger calls use with the entries since a time, the newest first, as they stand: use
 // validates them. One that gets a newer T meanwhile moves to the front, so that the pages
-// overlap and hide none. An error is the last that it yields.
-func (s *subscriber) ledger(ctx context.Context, since time.Time) iter.Seq2[message, error] {
+// overlap and hide none.
+func (s *subscriber) ledger(ctx context.Context, since time.Time, use func(message)) error {
 	oldest := strconv.FormatInt(since.UnixMicro(), 10)
-	return func(yield func(message, error) bool) {
-		for offset := int64(0); offset < maxLedger; offset += ledgerPage {
-			entries, err := s.reader.Do(ctx, s.reader.B().Zrevrangebyscore().Key(ledgerKey(s.channel)).
-				Max("+inf").Min(oldest).Withscores().Limit(offset, ledgerPage).Build()).AsZScores()
-			if err != nil {
-				yield(message{}, valkeyError("reading the ledger", err))
-				return
-			}
-			for _, entry := range entries {
-				if !yield(message{entry.Member, int64(entry.Score)}, nil) {
-					return
-				}
-			}
-			if len(entries) < ledgerPage {
-				return
-			}
+	for offset := int64(0); offset < maxLedger; offset += ledgerPage {
+		entries, err := s.reader.Do(ctx, s.reader.B().Zrevrangebyscore().Key(ledgerKey(s.channel)).
+			Max("+inf").Min(oldest).Withscores().Limit(offset, ledgerPage).Build()).AsZScores()
+		if err != nil {
+			return valkeyError("reading the ledger", err)
+		}
+		for _, entry := range entries {
+			use(message{entry.Member, int64(entry.Score)})
+		}
+		if len(entries) < ledgerPage {
+			break
 		}
 	}
+	return nil
 }
 
 func ledgerKey(channel string) string { return channel + ":requested" }

@@ -132,11 +132,8 @@ func TestLedgerPages(t *testing.T) {
 		m.ZAdd("krt:requested", float64(now-int64(i)), fmt.Sprintf("ghcr.io/acme/app-%d:dev", i))
 	}
 	read := func(since time.Time) (entries []message) {
-		for entry, err := range s.ledger(t.Context(), since) {
-			if err != nil {
-				t.Fatal(err)
-			}
-			entries = append(entries, entry)
+		if err := s.ledger(t.Context(), since, func(entry message) { entries = append(entries, entry) }); err != nil {
+			t.Fatal(err)
 		}
 		return entries
 	}
@@ -155,10 +152,9 @@ func TestLedgerPages(t *testing.T) {
 		}
 	}
 	m.SetError("LOADING for a test")
-	for _, err := range s.ledger(t.Context(), time.UnixMicro(0)) {
-		if err == nil || !strings.Contains(err.Error(), "LOADING") {
-			t.Errorf("an error of Valkey: %v", err)
-		}
+	err := s.ledger(t.Context(), time.UnixMicro(0), func(message) { t.Error("an entry") })
+	if err == nil || !strings.Contains(err.Error(), "LOADING") {
+		t.Errorf("an error of Valkey: %v", err)
 	}
 }
 

@@ -60,9 +60,13 @@ type worker struct {
 
 	catchUpDue *time.Timer
 	caughtUp   health
-	follower   *follower
 	eventless  atomic.Bool // an Event could not be written, and the log says so
 	notBefore  sync.Map    // when a workload that failed or is paced is due again, a time.Time by key
+
+	alive    atomic.Bool // caught up since that was reported
+	reported health
+	mu       sync.Mutex // of followed
+	followed map[string]*followed
 }
 
 func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, log *slog.Logger, now func() time.Time) *worker {
@@ -78,9 +82,9 @@ func newWorker(cfg workerConfig, client dynamic.Interface, source *subscriber, l
 		catchUpDue: time.NewTimer(catchUpInterval),
 		requests:   newRequests(now),
 		pace:       rate.NewLimiter(rate.Limit(cfg.RestartsPerMinute)/60, 1),
+		followed:   map[string]*followed{},
 	}
 	w.caughtUp.set(errors.New("not caught up yet"))
-	w.follower = &follower{worker: w, images: map[string]*followed{}}
 	w.cache = newWorkloadCache(cfg, client, w.log, now, w.look)
 	return w
 }
@@ -93,8 +97,11 @@ func (w *worker) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { w.source.run(ctx, w.handleMessage, w.requestCatchUp) })
 	wg.Go(func() { w.catchUpLoop(ctx) })
-	wg.Go(func() { w.follower.run(ctx) })
-	wg.Go(func() { w.cache.run(ctx, cancel) })
+	wg.Go(func() { w.reportLoop(ctx) })
+	w.cache.end = cancel
+	for _, s := range w.cache.scopes {
+		wg.Go(func() { s.reflector.RunWithContext(ctx) })
+	}
 	for range w.cfg.Concurrency {
 		wg.Go(func() { w.reconcileLoop(ctx) })
 	}
@@ -119,7 +126,7 @@ func (w *worker) measure() {
 		cached[d.(*workload).kind.name]++
 	}
 	for _, k := range kinds {
-		cachedWorkloads(k.name).Set(float64(cached[k.name]))
+		workerMetrics.GetOrCreateGauge(fmt.Sprintf(metricPrefix+"workloads{kind=%q}", k.name), nil).Set(float64(cached[k.name]))
 	}
 	queueLength.Set(float64(w.queue.Len()))
 }
@@ -143,7 +150,7 @@ func (w *worker) handleMessage(text string) {
 // run it. Its error is a request that web would not have made.
 func (w *worker) remember(image string, r request) error {
 	if !w.cfg.ImagePrefixes.allows(image) {
-		w.follower.follow(image, r)
+		w.follow(image, r)
 		return fmt.Errorf("image %s is not under ALLOWED_IMAGE_PREFIX", image)
 	}
 	if added, err := w.requests.add(image, r); err != nil || !added {
@@ -167,7 +174,7 @@ func (w *worker) remember(image string, r request) error {
 		}
 		w.queue.Add(d.key())
 	}
-	w.follower.follow(image, r)
+	w.follow(image, r)
 	return nil
 }
 
@@ -216,15 +223,12 @@ func (w *worker) catchUp(ctx context.Context) error {
 	valkeyNow = valkeyNow.Add(w.now().Sub(asked) / 2) // as if both ways took as long
 	// Late enough that expiry is logged, and reported.
 	w.requests.setClock(valkeyNow, max(w.rules.window, reportAge)+2*maxRetryAfter)
-	w.follower.caughtUp.Store(true)
+	w.alive.Store(true)
 	if w.cfg.CatchUp == 0 {
 		return nil // PubSub only
 	}
 	m, entries := w.requests.moment(), 0
-	for entry, err := range w.source.ledger(ctx, m.clock.Add(-w.rules.window)) {
-		if err != nil {
-			return err
-		}
+	err = w.source.ledger(ctx, m.clock.Add(-w.rules.window), func(entry message) {
 		entries++
 		image, err := parseImage(entry.Image)
 		if err == nil {
@@ -234,9 +238,11 @@ func (w *worker) catchUp(ctx context.Context) error {
 		if err != nil {
 			w.log.Debug("ledger entry ignored", "err", err)
 		}
+	})
+	if err == nil {
+		w.log.Debug("caught up", "entries", entries)
 	}
-	w.log.Debug("caught up", "entries", entries)
-	return nil
+	return err
 }
 
 func (w *worker) reconcileLoop(ctx context.Context) {
@@ -300,7 +306,7 @@ func (w *worker) fetch(ctx context.Context, d *workload) (*workload, error) {
 	if len(list.Items) == 0 {
 		return nil, nil
 	}
-	w.cache.put(newWorkload(d.kind, &list.Items[0]), fromAnswer)
+	w.cache.put(newWorkload(d.kind, &list.Items[0]), true)
 	return w.cache.get(d.key()), nil
 }
 
@@ -404,7 +410,7 @@ func (w *worker) patch(ctx context.Context, d *workload, next decision, versione
 		return err
 	}
 	patched := newWorkload(d.kind, answer)
-	w.cache.put(patched, fromAnswer) // of a dry run too: later entries inherit the restart
+	w.cache.put(patched, true) // of a dry run too: later entries inherit the restart
 	if patched.restartedAt != value {
 		return errNoEffect
 	}
