@@ -43,7 +43,7 @@ type webConfig struct {
 	ListenAddr string // host:port of the public API
 }
 
-// policyConfig is the part of web's configuration that decides about a request.
+// policyConfig is the part of web's configuration that policy.go decides by.
 type policyConfig struct {
 	ImagePrefixes imagePrefixes // the only images that may be restarted
 	Audience      string        // the one accepted value of aud

@@ -113,16 +113,15 @@ func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) er
 		}
 	}
 	line("job", fmt.Sprintf("repository is %s, event_name is %s, ref is %s", c.show("repository"), c.show("event_name"), c.show("ref")))
-	p := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
-	verdict("owner", p.checkOwner(c))
+	verdict("owner", cfg.checkOwner(c))
 	if i := slices.IndexFunc(images, func(image string) bool { return !cfg.ImagePrefixes.allows(image) }); i >= 0 {
 		prefixDenial = fmt.Errorf("%s is under none of %s", images[i], strings.Join(cfg.ImagePrefixes, ", "))
 	}
 	verdict("prefix", prefixDenial)
-	for _, r := range p.rules {
+	for _, r := range cfg.rules() {
 		verdict(r.name, r.explain(c, images))
 	}
-	if denial := cmp.Or(claimsDenial, p.checkClaims(c), prefixDenial, p.checkImages(c, images)); denial != nil {
+	if denial := cmp.Or(claimsDenial, cfg.checkClaims(c), prefixDenial, cfg.checkImages(c, images)); denial != nil {
 		line("answer", "denied: "+denial.Error())
 		return errDenied
 	}

@@ -217,7 +217,7 @@ func TestExplainAgreesWithWeb(t *testing.T) {
 			t.Fatal(err)
 		}
 		published := false
-		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy), prefixes: cfg.ImagePrefixes,
+		h := &web{log: slog.New(slog.DiscardHandler), verifier: v, policy: cfg,
 			publish: func(context.Context, []string, int) (publication, error) {
 				published = true
 				return publication{requestedAt: 1}, nil

@@ -62,7 +62,6 @@ var commands = []command{
 	{"web", "accept POST /event from GitHub Actions", runWeb},
 	{"worker", "restart the workloads that run a requested image", runWorker},
 	{"explain", "say which rule lets a job restart an image, or why none does", runExplain},
-	{"version", "print the version", runVersion},
 }
 
 func main() {
@@ -98,17 +97,21 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if len(args) == 0 {
 		return usageError{errors.New("a subcommand is missing; see kuberollouttrigger help")}
 	}
-	name := args[0]
+	name, args := args[0], args[1:]
 	switch name {
 	case "help", "-h", "-help", "--help":
 		printHelp(stdout)
 		return nil
-	case "-version", "--version":
-		name = "version"
+	case "version", "-version", "--version":
+		if len(args) > 0 && args[0] != "-h" && args[0] != "--help" {
+			return usageError{fmt.Errorf("unexpected argument %q; version takes none", args[0])}
+		}
+		fmt.Fprintln(stdout, "kuberollouttrigger", versionString())
+		return nil
 	}
 	for _, c := range commands {
 		if c.name == name {
-			return c.run(ctx, args[1:], getenv, stdout, stderr)
+			return c.run(ctx, args, getenv, stdout, stderr)
 		}
 	}
 	if name == "dev" {
@@ -123,15 +126,8 @@ func printHelp(w io.Writer) {
 	for _, c := range commands {
 		fmt.Fprintf(w, "  %-8s %s\n", c.name, c.summary)
 	}
+	fmt.Fprintf(w, "  %-8s %s\n", "version", "print the version")
 	fmt.Fprintf(w, "  %-8s %s\n", "help", "print this; <subcommand> -h prints the options")
-}
-
-func runVersion(_ context.Context, args []string, _ func(string) string, stdout, _ io.Writer) error {
-	if len(args) > 0 && args[0] != "-h" && args[0] != "--help" {
-		return usageError{fmt.Errorf("unexpected argument %q; version takes none", args[0])}
-	}
-	fmt.Fprintln(stdout, "kuberollouttrigger", versionString())
-	return nil
 }
 
 // versionString falls back to what the Go tool stamped.
@@ -193,17 +189,16 @@ func runWeb(ctx context.Context, args []string, getenv func(string) string, stdo
 
 // serveWeb runs web; issuer is the client that fetches the issuer's keys.
 func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slog.Logger) error {
-	policy := newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy)
-	log.Info("policy", "rules", policy.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Orgs, "org_ids", cfg.OrgIDs,
+	log.Info("policy", "rules", cfg.describe(), "prefixes", cfg.ImagePrefixes, "orgs", cfg.Orgs, "org_ids", cfg.OrgIDs,
 		"issuer", cfg.Issuer, "audience", cfg.Audience)
-	if rules := policy.rulesWithRiskyEvents(); len(rules) > 0 {
+	if rules := cfg.rulesWithRiskyEvents(); len(rules) > 0 {
 		log.Warn("TRUST_POLICY (--trust-policy): event_name allows events that people without write access can cause", "rules", rules)
 	}
 	verifier := newVerifier(cfg.Issuer, cfg.Audience, issuer, log, time.Now)
 	publisher := newPublisher(cfg.Valkey, log)
 	defer publisher.close()
 
-	api := &web{log: log, verifier: verifier, policy: policy, prefixes: cfg.ImagePrefixes, publish: publisher.publish,
+	api := &web{log: log, verifier: verifier, policy: &cfg.policyConfig, publish: publisher.publish,
 		readRollout: publisher.readRollout, stopping: ctx.Done()}
 	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr, api: api, metrics: webMetrics}
 	s.measure = func() { rolloutWaiting.Set(float64(api.waiting.Load())) }

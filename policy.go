@@ -20,13 +20,6 @@ var defaultCondition = condition{"event_name", patterns{
 	"push", "workflow_dispatch", "repository_dispatch", "release", "schedule", "registry_package", "deployment",
 }}
 
-// policy decides which verified jobs may restart which images.
-type policy struct {
-	owners   []string
-	ownerIDs []string // empty: any
-	rules    []rule   // never empty
-}
-
 // rule lets jobs that meet every condition restart images that match any pattern.
 type rule struct {
 	name       string
@@ -40,23 +33,23 @@ type condition struct {
 	values patterns
 }
 
-// newPolicy adds a rule if there is none: every job of the owners that runs for a
+// rules are those in force. Without TRUST_POLICY, every job of the owners that runs for a
 // default event may restart every image.
-func newPolicy(owners, ownerIDs []string, rules []rule) *policy {
-	if len(rules) == 0 {
-		rules = []rule{{"default rule", []condition{defaultCondition}, patterns{"*"}}}
+func (p *policyConfig) rules() []rule {
+	if len(p.TrustPolicy) == 0 {
+		return []rule{{"default rule", []condition{defaultCondition}, patterns{"*"}}}
 	}
-	return &policy{owners, ownerIDs, rules}
+	return p.TrustPolicy
 }
 
 // checkClaims is nil if the job may ask for anything at all. Its error is for the
 // log: it says for each rule which claim does not match.
-func (p *policy) checkClaims(c claims) error {
+func (p *policyConfig) checkClaims(c claims) error {
 	if err := p.checkOwner(c); err != nil {
 		return err
 	}
 	var reasons []string
-	for _, r := range p.rules {
+	for _, r := range p.rules() {
 		unmet := r.unmetCondition(c)
 		if unmet == nil {
 			return nil
@@ -71,13 +64,13 @@ func (p *policy) checkClaims(c claims) error {
 
 // checkOwner compares in ASCII: a k and U+212A, which EqualFold takes for one letter,
 // differ in length.
-func (p *policy) checkOwner(c claims) error {
+func (p *policyConfig) checkOwner(c claims) error {
 	owner := c.get("repository_owner")
 	isOwner := func(o string) bool { return len(o) == len(owner) && strings.EqualFold(o, owner) }
-	if !slices.ContainsFunc(p.owners, isOwner) {
+	if !slices.ContainsFunc(p.Orgs, isOwner) {
 		return fmt.Errorf("repository_owner is %s, none of GITHUB_ALLOWED_ORG", c.show("repository_owner"))
 	}
-	if len(p.ownerIDs) > 0 && !slices.Contains(p.ownerIDs, c.get("repository_owner_id")) {
+	if len(p.OrgIDs) > 0 && !slices.Contains(p.OrgIDs, c.get("repository_owner_id")) {
 		return fmt.Errorf("repository_owner_id is %s, none of GITHUB_ALLOWED_ORG_ID", c.show("repository_owner_id"))
 	}
 	return nil
@@ -85,9 +78,9 @@ func (p *policy) checkOwner(c claims) error {
 
 // checkImages is nil if one rule allows the job to restart all the images, which
 // are canonical. Its error may be told to a job that checkClaims let pass.
-func (p *policy) checkImages(c claims, images []string) error {
+func (p *policyConfig) checkImages(c claims, images []string) error {
 	most := 0
-	for _, r := range p.rules {
+	for _, r := range p.rules() {
 		if r.unmetCondition(c) == nil {
 			most = max(most, r.countAllowed(c, images))
 		}
@@ -133,8 +126,8 @@ var riskyEvents = []string{
 }
 
 // rulesWithRiskyEvents returns the rules that let risky events in, with the events.
-func (p *policy) rulesWithRiskyEvents() (rules []string) {
-	for _, r := range p.rules {
+func (p *policyConfig) rulesWithRiskyEvents() (rules []string) {
+	for _, r := range p.rules() {
 		for _, cond := range r.conditions {
 			events := slices.DeleteFunc(slices.Clone(riskyEvents), func(event string) bool { return !cond.values.match(event) })
 			if cond.claim == "event_name" && len(events) > 0 {
@@ -146,8 +139,8 @@ func (p *policy) rulesWithRiskyEvents() (rules []string) {
 }
 
 // describe returns a line for each rule in force.
-func (p *policy) describe() (lines []string) {
-	for _, r := range p.rules {
+func (p *policyConfig) describe() (lines []string) {
+	for _, r := range p.rules() {
 		line := r.name + ": "
 		for _, cond := range r.conditions {
 			line += cond.claim + "=" + cond.values.join() + " "

@@ -24,7 +24,7 @@ func jobClaims(changes claims) claims {
 	return c
 }
 
-func mustPolicy(t testing.TB, orgs, ownerIDs []string, trust string) *policy {
+func mustPolicy(t testing.TB, orgs, ownerIDs []string, trust string) *policyConfig {
 	t.Helper()
 	p, err := readPolicy(orgs, ownerIDs, trust)
 	if err != nil {
@@ -34,7 +34,7 @@ func mustPolicy(t testing.TB, orgs, ownerIDs []string, trust string) *policy {
 }
 
 // readPolicy reads a policy as web does, out of the environment.
-func readPolicy(orgs, ownerIDs []string, trust string) (*policy, error) {
+func readPolicy(orgs, ownerIDs []string, trust string) (*policyConfig, error) {
 	vars := maps.Clone(webEnv)
 	vars["GITHUB_ALLOWED_ORG"] = strings.Join(orgs, ",")
 	vars["GITHUB_ALLOWED_ORG_ID"] = strings.Join(ownerIDs, ",")
@@ -43,7 +43,7 @@ func readPolicy(orgs, ownerIDs []string, trust string) (*policy, error) {
 	if err := parseConfig("web", cfg, nil, env(vars)); err != nil {
 		return nil, err
 	}
-	return newPolicy(cfg.Orgs, cfg.OrgIDs, cfg.TrustPolicy), nil
+	return &cfg.policyConfig, nil
 }
 
 // isError is true if err says what is wanted; nothing is wanted of no error.
@@ -55,7 +55,7 @@ func TestPolicyOwners(t *testing.T) {
 	names := mustPolicy(t, []string{"other", "ACME", "kelvin", "sys"}, nil, "")
 	ids := mustPolicy(t, []string{"acme"}, []string{"1", "9919"}, "")
 	for _, test := range []struct {
-		p              *policy
+		p              *policyConfig
 		owner, id, err string
 	}{
 		{names, "acme", "-", ""}, {names, "AcMe", "1", ""}, {names, "other", "1", ""}, {ids, "acme", "9919", ""}, {ids, "ACME", "1", ""},
@@ -330,10 +330,10 @@ func FuzzPolicy(f *testing.F) {
 		}
 		decoder := yaml.NewDecoder(strings.NewReader(text))
 		decoder.KnownFields(true)
-		if err := decoder.Decode(&plain); err != nil || len(plain) != len(p.rules) {
-			t.Fatalf("%d rules, plainly %d: %v", len(p.rules), len(plain), err)
+		if err := decoder.Decode(&plain); err != nil || len(plain) != len(p.rules()) {
+			t.Fatalf("%d rules, plainly %d: %v", len(p.rules()), len(plain), err)
 		}
-		for i, r := range p.rules {
+		for i, r := range p.rules() {
 			if r.unmetCondition(claims{}) == nil {
 				t.Errorf("rule %d is for anyone", i+1)
 			}

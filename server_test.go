@@ -449,7 +449,7 @@ func TestSlowClients(t *testing.T) {
 		{"half a body", "POST /event HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n", true, 5 * time.Second},
 	} {
 		log := slog.New(slog.DiscardHandler)
-		h := &web{log: log, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"},
+		h := &web{log: log, policy: mustPolicy(t, []string{"acme"}, nil, ""),
 			publish: func(context.Context, []string, int) (publication, error) {
 				t.Error("something was published")
 				return publication{}, nil

@@ -35,8 +35,7 @@ const (
 type web struct {
 	log      *slog.Logger
 	verifier *verifier
-	policy   *policy
-	prefixes imagePrefixes
+	policy   *policyConfig
 	quota    quota
 	denials  atomic.Int64    // of unauthenticated callers, in denialInterval
 	waiting  atomic.Int64    // GET /rollout that wait, or may
@@ -203,7 +202,7 @@ func (s *web) answer(c *call) (body any, err error) {
 	}
 	c.check = "image"
 	for _, image := range c.asked.images {
-		if !s.prefixes.allows(image) {
+		if !s.policy.ImagePrefixes.allows(image) {
 			err := fmt.Errorf("image %s may not be restarted here: it is under none of the prefixes that are allowed", image)
 			return nil, tell(http.StatusForbidden, err)
 		}

@@ -61,7 +61,7 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 	t.Cleanup(pub.close)
 	p := mustPolicy(t, []string{"acme"}, nil, trust)
 	stopping, stop := context.WithCancel(t.Context())
-	h := &web{log: log, verifier: v, policy: p, prefixes: imagePrefixes{"ghcr.io/acme"}, publish: pub.publish,
+	h := &web{log: log, verifier: v, policy: p, publish: pub.publish,
 		readRollout: pub.readRollout, stopping: stopping.Done()}
 	s := httptest.NewUnstartedServer(nil)
 	s.Config = newServer(h, headerTimeout, log)
@@ -426,7 +426,7 @@ func TestDenialsAreNotLogged(t *testing.T) {
 		if err := v.refresh(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		h := &web{log: log, verifier: v, policy: mustPolicy(t, []string{"acme"}, nil, ""), prefixes: imagePrefixes{"ghcr.io/acme"}}
+		h := &web{log: log, verifier: v, policy: mustPolicy(t, []string{"acme"}, nil, "")}
 		send := func(n int, token string) {
 			for range n {
 				r := httptest.NewRequest(http.MethodPost, "/event", nil)
