@@ -270,13 +270,16 @@ type imageRollout struct {
 }
 
 // readRollout reads the reports about the newest requests for images. Its error is a 404 if
-// one is older than since or reportAge. Its result is nil if it has the version seen.
-// A query that waits may wait for its turn as long.
+// one is older than since or reportAge. Its result is nil if it has the version seen, or if
+// a query that waits has to ask again.
 func (p *publisher) readRollout(ctx context.Context, q rolloutQuery) (*rollout, error) {
 	select {
 	case p.reading <- struct{}{}:
 		defer func() { <-p.reading }()
-	case <-time.After(max(q.wait, turnTimeout)):
+	case <-time.After(turnTimeout):
+		if q.wait > 0 {
+			return nil, nil
+		}
 		return nil, &denial{http.StatusServiceUnavailable, "too many jobs ask, try again", errors.New("too many reads of the reports")}
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)

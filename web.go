@@ -307,11 +307,12 @@ func (s *web) rollout(c *call) (any, error) {
 		select {
 		case <-time.After(rolloutInterval):
 			continue
+		case <-c.r.Context().Done(): // the client is gone
+			return nil, nil
 		case <-enough:
 		case <-s.stopping:
-		case <-c.r.Context().Done(): // the client is gone
 		}
-		q.seen = "" // tell it nevertheless
+		q.seen, q.wait = "", 0 // tell it nevertheless
 	}
 }
 
