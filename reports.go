@@ -94,7 +94,7 @@ func (w *worker) report(f *followed) report {
 		}
 		_, paced := w.waiting(d.key())
 		switch next := w.rules.decide(d, *image, request, m); {
-		case next.verdict == satisfied && w.cfg.DryRun && d.newestRestart >= d.kind.value(request.at):
+		case next.verdict == satisfied && w.cfg.DryRun && !later(d.kind.value(request.at), d.newestRestart):
 			r.Skipped[dryRunReason]++
 			state = unmatched
 		case next.verdict == satisfied:

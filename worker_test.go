@@ -223,13 +223,14 @@ func failUnless(works *atomic.Bool) func(fake.PatchCall) (int, http.Header) {
 func TestGitOpsIsNotFought(t *testing.T) {
 	t.Parallel()
 	kube := newKubernetes(t, "a/api")
-	kube.Create("a/git", fake.Spec{Image: apiDev, RestartedAt: "2024-01-01T00:00:00Z"})
+	local := time.Now().Add(-time.Hour).In(time.FixedZone("", 2*60*60)).Format(time.RFC3339) // greater as text than T
+	kube.Create("a/git", fake.Spec{Image: apiDev, RestartedAt: local})
 	w := startWorker(t, kube)
 	at := w.publish(apiDev)
 	w.awaitRestart("a/api", at)
 	w.awaitRestart("a/git", at)
 	kube.Change("a/api", removeAnnotation)
-	kube.Change("a/git", setRestartedAt("2024-01-01T00:00:00Z"))
+	kube.Change("a/git", setRestartedAt(local))
 	kube.BreakWatches()
 	eventually(t, "it is listed again", func() bool { return w.logs.count("deployments listed") == 2 })
 	for _, key := range []string{"a/api", "a/git"} {

@@ -216,7 +216,7 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 	addedAt := d.updated.Add(-updatedTolerance)
 	if previous == nil || previous.uid != d.uid {
 		addedAt = d.created.Add(-createdTolerance)
-		previous = &workload{restartedAt: d.restartedAt, newestRestart: d.restartedAt}
+		previous = &workload{newestRestart: d.restartedAt}
 	}
 	look = previous.paused && !d.paused || previous.onDelete && !d.onDelete
 	for i := range d.images {
@@ -229,18 +229,18 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 		look = true
 	}
 	d.newestRestart, d.restartedSince = previous.newestRestart, previous.restartedSince
-	if d.restartedAt != "" && d.restartedAt != previous.restartedAt && !sameTime(d.restartedAt, d.newestRestart) {
-		d.newestRestart, d.restartedSince = max(d.restartedAt, d.newestRestart), seen
+	if later(d.restartedAt, d.newestRestart) {
+		d.newestRestart, d.restartedSince = d.restartedAt, seen
 	}
 	return look
 }
 
-// sameTime compares two values of restartedAt: Argo Rollouts rewrites the worker's in
-// whole seconds when it changes a Rollout.
-func sameTime(a, b string) bool {
-	x, err := time.Parse(time.RFC3339, a)
-	y, wrong := time.Parse(time.RFC3339, b)
-	return a == b || err == nil && wrong == nil && x.Equal(y)
+// later compares two values of restartedAt as times: kubectl writes local time, and Argo
+// Rollouts rewrites the worker's in whole seconds. What is no time is earlier than any.
+func later(a, b string) bool {
+	x, _ := time.Parse(time.RFC3339, a)
+	y, _ := time.Parse(time.RFC3339, b)
+	return x.After(y)
 }
 
 // verdict is what a request means for a workload.
