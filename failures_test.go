@@ -295,10 +295,13 @@ func TestHangingPatches(t *testing.T) {
 	close(next)
 }
 
-// Restarts do not wait for Events. One that another worker has written is no fault.
+// Restarts do not wait for Events, of which a bounded number is being written. One that
+// another worker has written is no fault.
 func TestHangingEvents(t *testing.T) {
 	kube := newKubernetes(t)
 	done := make(chan struct{})
+	release := sync.OnceFunc(func() { close(done) })
+	t.Cleanup(release)
 	var events atomic.Int64
 	kube.Front = func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != http.MethodPost || r.URL.Path != "/api/v1/namespaces/a/events" {
@@ -311,21 +314,39 @@ func TestHangingEvents(t *testing.T) {
 		io.WriteString(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"AlreadyExists","code":409}`)
 		return true
 	}
-	for i := range 20 {
+	for i := range maxRecording + 1 {
 		kube.Create(fmt.Sprint("a/", i), fake.Spec{Image: apiDev})
 	}
 	w := startWorker(t, kube, func(c *workerConfig) { c.Events = true })
 	begun, at := time.Now(), w.publish(apiDev)
-	for i := range 20 {
+	for i := range maxRecording + 1 {
 		w.awaitRestart(fmt.Sprint("a/", i), at)
 	}
-	eventually(t, "each restart has an Event", func() bool { return events.Load() == 20 })
+	eventually(t, "the bound is reached", func() bool { return events.Load() == maxRecording && w.logs.has("100 others are being written") })
 	if took := time.Since(begun); took > 5*time.Second {
 		t.Errorf("the restarts took %s", took)
 	}
-	close(done)
+	release()
 	time.Sleep(200 * time.Millisecond)
-	if w.logs.has("an Event could not be written") {
-		t.Error("it is logged")
+	if w.logs.count("an Event could not be written") != 1 {
+		t.Error("one that another worker has written is logged")
+	}
+}
+
+// A request that would expire before its turn keeps nobody from one.
+func TestTurnsUntilExpiry(t *testing.T) {
+	m, _ := testValkey(t)
+	w := newTestWorker(t, newKubernetes(t), m, func(c *workerConfig) { c.RestartsPerMinute = 60 })
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 1000 { // of which an hour has 3,600 turns
+				w.takeTurn(decision{verdict: due, request: request{made: time.Now()}})
+			}
+		})
+	}
+	all.Wait()
+	if next := w.takeTurn(decision{verdict: due, request: request{made: time.Now().Add(time.Minute)}}); next.verdict != deferred {
+		t.Errorf("a later request gets %+v", next)
 	}
 }

@@ -36,6 +36,8 @@ const (
 	readTimeout = 2500 * time.Millisecond // for one read of the reports
 	turnTimeout = 250 * time.Millisecond  // until it may begin: what waits for it takes memory
 	maxReading  = 4                       // at once; one about all that may be asked takes 0.5 MB
+
+	maxRecording = 100 // Events being written; the API server or a webhook may hang
 )
 
 // rolloutState is one of rolloutStates. The greatest stands for several.
@@ -349,9 +351,10 @@ func (i *imageRollout) decode(live []string, since string) {
 	}
 }
 
-// record writes an Event about a restart. It runs in a goroutine of its own. The name
-// comes from T, so that any number of workers write one Event.
+// record writes an Event about a restart, unless maxRecording are being written. It runs in
+// a goroutine of its own. The name comes from T, so that any number of workers write one.
 func (w *worker) record(d *workload, restart decision) {
+	defer w.recording.Add(-1)
 	ctx, cancel := context.WithTimeout(context.Background(), patchTimeout)
 	defer cancel()
 	now := w.now().UTC().Format(time.RFC3339)
@@ -366,7 +369,10 @@ func (w *worker) record(d *workload, restart decision) {
 		"firstTimestamp": now, "lastTimestamp": now, "count": int64(1),
 	}}
 	events := w.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "events"}) // where kubectl describe looks
-	_, err := events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
+	err := fmt.Errorf("%d others are being written", maxRecording)
+	if w.recording.Add(1) <= maxRecording {
+		_, err = events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
+	}
 	if err != nil && !apierrors.IsAlreadyExists(err) && !w.eventless.Swap(true) {
 		w.log.Warn("an Event could not be written, and later ones may be missing too; allow create on events, or unset WORKER_EVENTS", "err", err)
 	}

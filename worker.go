@@ -61,11 +61,12 @@ type worker struct {
 	catchUpDue *time.Timer
 	caughtUp   health
 	eventless  atomic.Bool // an Event could not be written, and the log says so
-	notBefore  sync.Map    // when a workload that failed or is paced is due again, a time.Time by key
+	recording  atomic.Int64
+	notBefore  sync.Map // when a workload that failed or is paced is due again, a time.Time by key
 
 	alive    atomic.Bool // caught up since that was reported
 	reported health
-	mu       sync.Mutex // of followed
+	mu       sync.Mutex // of followed, and for pace
 	followed map[string]*followed
 }
 
@@ -272,9 +273,7 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 	for fetched := false; d != nil; fetched = true {
 		next := w.decide(d)
 		if next.verdict == due && pacing && !fetched {
-			if next.wait = w.pace.Reserve().Delay(); next.wait > 0 {
-				next.verdict, next.reason = deferred, paceReason
-			}
+			next = w.takeTurn(next)
 		}
 		var err error
 		if next.verdict == due {
@@ -293,6 +292,22 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 		d = present
 	}
 	w.done(key) // it is gone
+}
+
+// takeTurn defers a restart to the next turn of WORKER_RESTARTS_PER_MINUTE. A request that
+// expires before takes none: nobody shall wait behind it.
+func (w *worker) takeTurn(next decision) decision {
+	w.mu.Lock() // a turn is given back only if nobody has taken a later one
+	defer w.mu.Unlock()
+	turn := w.pace.Reserve()
+	switch next.wait = turn.Delay(); {
+	case next.wait >= w.rules.window-w.now().Sub(next.request.made):
+		turn.Cancel()
+		next.verdict, next.reason = expired, expiredReason
+	case next.wait > 0:
+		next.verdict, next.reason = deferred, paceReason
+	}
+	return next
 }
 
 // fetch returns the present version of a workload, nil if there is none. It
