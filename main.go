@@ -199,7 +199,7 @@ func serveWeb(ctx context.Context, cfg *webConfig, issuer *http.Client, log *slo
 	defer publisher.close()
 
 	api := &web{log: log, verifier: verifier, policy: &cfg.policyConfig, publish: publisher.publish,
-		readRollout: publisher.readRollout, stopping: ctx.Done()}
+		readRollout: publisher.readRollout, stopping: ctx}
 	s := &service{log: log, listen: net.Listen, opsAddr: cfg.OpsListenAddr, apiAddr: cfg.ListenAddr, api: api, metrics: webMetrics}
 	s.measure = func() { rolloutWaiting.Set(float64(api.waiting.Load())) }
 	s.ready = func(ctx context.Context) error { return cmp.Or(verifier.ready(), publisher.ready(ctx)) }

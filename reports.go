@@ -272,19 +272,20 @@ type imageRollout struct {
 }
 
 // readRollout reads the reports about the newest requests for images. Its error is a 404 if
-// one is older than since or reportAge. Its result is nil if it has the version seen, or if
-// a query that waits has to ask again.
-func (p *publisher) readRollout(ctx context.Context, q rolloutQuery) (*rollout, error) {
+// one is older than since or reportAge. Its result is nil if it has the version seen. It
+// takes its turn until waiting is done and a timeout has passed, longer for a job that waits.
+func (p *publisher) readRollout(waiting context.Context, q rolloutQuery) (*rollout, error) {
 	select {
 	case p.reading <- struct{}{}:
-		defer func() { <-p.reading }()
-	case <-time.After(turnTimeout):
-		if q.wait > 0 {
-			return nil, nil
+	case <-waiting.Done():
+		select {
+		case p.reading <- struct{}{}:
+		case <-time.After(max(turnTimeout, min(q.wait, readTimeout))):
+			return nil, &denial{http.StatusServiceUnavailable, "too many jobs ask, try again", errors.New("too many reads of the reports")}
 		}
-		return nil, &denial{http.StatusServiceUnavailable, "too many jobs ask, try again", errors.New("too many reads of the reports")}
 	}
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer func() { <-p.reading }()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(waiting), readTimeout)
 	defer cancel()
 	b := p.reader.B()
 	commands := valkey.Commands{b.Time().Build(), b.Zrange().Key(clustersKey(p.channel)).Min("0").Max("-1").Withscores().Build()}

@@ -39,11 +39,11 @@ type web struct {
 	quota    quota
 	denials  atomic.Int64    // of unauthenticated callers, in denialInterval
 	waiting  atomic.Int64    // GET /rollout that wait, or may
-	stopping <-chan struct{} // closed when none shall wait any more
+	stopping context.Context // done when none shall wait any more
 
 	// These are the publisher's.
 	publish     func(ctx context.Context, images []string, mayAdd int) (publication, error)
-	readRollout func(ctx context.Context, q rolloutQuery) (*rollout, error)
+	readRollout func(waiting context.Context, q rolloutQuery) (*rollout, error)
 }
 
 // accepted is the body of a 202.
@@ -293,26 +293,26 @@ func (s *web) rollout(c *call) (any, error) {
 		q.wait = 0
 	}
 	http.NewResponseController(c.w).SetWriteDeadline(time.Now().Add(q.wait + writeTimeout))
-	enough := time.After(q.wait)
+	waiting, cancel := context.WithTimeout(c.r.Context(), q.wait)
+	defer cancel()
+	defer context.AfterFunc(s.stopping, cancel)()
 	for {
-		state, err := s.readRollout(context.WithoutCancel(c.r.Context()), q)
-		if err != nil {
+		state, err := s.readRollout(waiting, q)
+		switch {
+		case c.r.Context().Err() != nil: // the client is gone
+			return nil, nil
+		case err != nil:
 			return nil, err
-		}
-		if state != nil {
+		case state != nil:
 			state.RequestID = c.id
 			c.line = []slog.Attr{slog.Any("images", q.images), slog.Any("state", state.State)}
 			return state, nil
 		}
 		select {
 		case <-time.After(rolloutInterval):
-			continue
-		case <-c.r.Context().Done(): // the client is gone
-			return nil, nil
-		case <-enough:
-		case <-s.stopping:
+		case <-waiting.Done():
+			q.seen = "" // tell it nevertheless
 		}
-		q.seen, q.wait = "", 0 // tell it nevertheless
 	}
 }
 

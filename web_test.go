@@ -62,7 +62,7 @@ func newTestWebWith(t *testing.T, issuer *testIssuer, v *verifier, trust string,
 	p := mustPolicy(t, []string{"acme"}, nil, trust)
 	stopping, stop := context.WithCancel(t.Context())
 	h := &web{log: log, verifier: v, policy: p, publish: pub.publish,
-		readRollout: pub.readRollout, stopping: stopping.Done()}
+		readRollout: pub.readRollout, stopping: stopping}
 	s := httptest.NewUnstartedServer(nil)
 	s.Config = newServer(h, headerTimeout, log)
 	s.Start()
