@@ -230,7 +230,7 @@ var (
 	rollouts            = newCounters(workerMetrics, `rollouts_total{state=%q}`, rolloutStates[complete], rolloutStates[failed], rolloutStates[unmatched])
 	rolloutSeconds      = workerMetrics.NewPrometheusHistogramExt(metricPrefix+"rollout_seconds", bucketBounds)
 	watchEventAt        = workerMetrics.NewGauge(metricPrefix+"watch_event_timestamp_seconds", nil)
-	watchesStarted      = newCounters(workerMetrics, `watches_started_total{kind=%q}`, kindNames()...)
+	watchesStarted      = newCounters(workerMetrics, `watches_started_total{kind=%q}`) // of WORKER_KINDS
 	queueLength         = workerMetrics.NewGauge(metricPrefix+"queue_length", nil)
 )
 
@@ -247,5 +247,5 @@ func newCounters(set *metrics.Set, name string, values ...string) counters {
 	return c
 }
 
-// bucketBounds are of le buckets: PromQL computes no quantiles from the library's own.
+// bucketBounds are upper bounds: PromQL computes no quantiles from the library's own buckets.
 var bucketBounds = []float64{1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 3600}
