@@ -63,7 +63,7 @@ func BenchmarkPolicy(b *testing.B) {
 func BenchmarkLookUp(b *testing.B) {
 	c := newWorkloadCache(workerConfig{Kinds: kinds[:1]}, dynamic.NewForConfigOrDie(&rest.Config{}), nil, time.Now, func(*workload) {})
 	for i := range 11200 {
-		c.put(&workload{kind: kinds[0], name: fmt.Sprint(i), images: []usedImage{{ref: fmt.Sprintf("ghcr.io/acme/api:%d", i/4)}}}, false)
+		c.put(&workload{kind: kinds[0], name: fmt.Sprint(i), images: []usedImage{{ref: fmt.Sprintf("ghcr.io/acme/api:%d", i/4)}}}, fromWatch)
 	}
 	bench(b, "11,200 Deployments", func() bool { return len(c.running("ghcr.io/acme/api:2000")) == 4 })
 }

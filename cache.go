@@ -127,7 +127,7 @@ type workloadCache struct {
 	scopes   []*scope
 	watchAge time.Duration
 	now      func() time.Time
-	end      context.CancelCauseFunc // because of a scope that can never be watched
+	end      context.CancelCauseFunc // ends the worker's run, because of a scope that can never be watched
 	// look is called with a workload that is new to the cache, was resumed, left OnDelete,
 	// or runs another image. It must not block.
 	look func(*workload)
@@ -151,6 +151,7 @@ func newWorkloadCache(cfg workerConfig, client dynamic.Interface, log *slog.Logg
 		namespaces = []string{metav1.NamespaceAll}
 	}
 	for _, k := range cfg.Kinds {
+		watchesStarted(k.name)
 		for _, namespace := range namespaces {
 			s := &scope{cache: c, kind: k, namespace: namespace, client: client.Resource(k.resource).Namespace(namespace)}
 			s.ListWithContextFunc, s.WatchFuncWithContext = s.list, s.watch
@@ -196,6 +197,8 @@ func (c *workloadCache) running(ref string) (ds []*workload) {
 	}
 	return ds
 }
+
+const fromWatch, fromAnswer = false, true // for put
 
 // put stores a version of a workload from a watch, or from an answer of the API server to
 // the worker itself. A watch may be behind an answer, and an answer behind a watch, which
@@ -279,12 +282,14 @@ func (s *scope) list(ctx context.Context, _ metav1.ListOptions) (runtime.Object,
 // replace takes a complete list: what is not in it is gone.
 func (s *scope) replace(entries []*workload) {
 	c, listed := s.cache, map[string]bool{}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	for _, d := range entries {
 		listed[d.key()] = true
+		c.mu.Lock() // not for the whole list: probes have a second
 		c.set(c.get(d.key()), d, time.Time{})
+		c.mu.Unlock()
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for _, entry := range c.store.List() {
 		d := entry.(*workload)
 		if d.kind == s.kind && (s.namespace == "" || s.namespace == d.namespace) && !listed[d.key()] {
@@ -359,7 +364,7 @@ func (s *scope) Resync() error               { return nil }
 
 func (s *scope) Update(object any) error {
 	watchEventAt.Set(float64(s.cache.now().Unix()))
-	s.cache.put(newWorkload(s.kind, object.(*unstructured.Unstructured)), false)
+	s.cache.put(newWorkload(s.kind, object.(*unstructured.Unstructured)), fromWatch)
 	return nil
 }
 

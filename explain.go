@@ -91,7 +91,7 @@ func readClaims(stdin io.Reader) (claims, error) {
 	return c, nil
 }
 
-// printDecision asks what web.event asks, in the same order. web stops at the
+// printDecision asks what web.answer asks, in the same order. web stops at the
 // first denial; explain prints the rest as well.
 func printDecision(cfg *policyConfig, c claims, images []string, w io.Writer) error {
 	line := func(name, text string) { fmt.Fprintf(w, "%-13s %s\n", name, text) }

@@ -33,7 +33,7 @@ type condition struct {
 	values patterns
 }
 
-// rules are those in force. Without TRUST_POLICY, every job of the owners that runs for a
+// rules returns the rules in force. Without TRUST_POLICY, every job of the owners that runs for a
 // default event may restart every image.
 func (p *policyConfig) rules() []rule {
 	if len(p.TrustPolicy) == 0 {

@@ -33,8 +33,8 @@ const (
 	aliveAge = 3 * catchUpInterval // how long a cluster counts as alive
 	awayAge  = 24 * time.Hour      // how long one that is not alive counts as away
 
-	readTimeout = 2500 * time.Millisecond // for one read of the reports
-	turnTimeout = 250 * time.Millisecond  // until it may begin: what waits for it takes memory
+	readTimeout = 2500 * time.Millisecond // for one read of the reports, and for the turn of a job that waits
+	turnTimeout = 250 * time.Millisecond  // for the turn of another: what waits for it takes memory
 	maxReading  = 4                       // at once; one about all that may be asked takes 0.5 MB
 
 	maxRecording = 100 // Events being written; the API server or a webhook may hang
@@ -94,7 +94,6 @@ func (w *worker) report(f *followed) report {
 		if image.pullPolicy != "" {
 			r.Warnings[image.pullPolicy]++
 		}
-		_, paced := w.waiting(d.key())
 		switch next := w.rules.decide(d, *image, request, m); {
 		case next.verdict == satisfied && w.cfg.DryRun && !later(d.kind.value(request.at), d.newestRestart):
 			r.Skipped[dryRunReason]++
@@ -104,7 +103,7 @@ func (w *worker) report(f *followed) report {
 			state = d.rollout
 		case next.verdict == expired:
 			state = failed
-		case next.verdict == due && paced:
+		case next.verdict == due && w.cfg.RestartsPerMinute > 0 && w.backoff.NumRequeues(d.key()) == 0:
 			r.Deferred[paceReason]++
 		case next.verdict == deferred:
 			r.Deferred[next.reason]++
@@ -272,8 +271,8 @@ type imageRollout struct {
 }
 
 // readRollout reads the reports about the newest requests for images. Its error is a 404 if
-// one is older than since or reportAge. Its result is nil if it has the version seen. It
-// takes its turn until waiting is done and a timeout has passed, longer for a job that waits.
+// one is older than since or reportAge. Its result is nil if it has the version seen, and
+// waiting is not done. A job that waits can wait longer for its turn after that.
 func (p *publisher) readRollout(waiting context.Context, q rolloutQuery) (*rollout, error) {
 	select {
 	case p.reading <- struct{}{}:
@@ -321,7 +320,7 @@ func (p *publisher) readRollout(waiting context.Context, q rolloutQuery) (*rollo
 		result.Images = append(result.Images, imageRollout{Image: image, RequestedAt: requestedAt, stored: reports})
 		fmt.Fprint(version, requestedAt, reports)
 	}
-	if result.Version = strconv.FormatUint(version.Sum64(), 36); result.Version == q.seen {
+	if result.Version = strconv.FormatUint(version.Sum64(), 36); result.Version == q.seen && waiting.Err() == nil {
 		return nil, nil
 	}
 	for i := range result.Images {
@@ -375,6 +374,6 @@ func (w *worker) record(d *workload, restart decision) {
 		_, err = events.Namespace(d.namespace).Create(ctx, event, metav1.CreateOptions{FieldManager: fieldManager})
 	}
 	if err != nil && !apierrors.IsAlreadyExists(err) && !w.eventless.Swap(true) {
-		w.log.Warn("an Event could not be written, and later ones may be missing too; allow create on events, or unset WORKER_EVENTS", "err", err)
+		w.log.Warn("an Event could not be written, and later ones may be missing; allow create on events, check their webhooks, or unset WORKER_EVENTS", "err", err)
 	}
 }

@@ -84,7 +84,7 @@ type publisher struct {
 	connections
 	timeout    time.Duration
 	publishing atomic.Int64  // requests in flight
-	reading    chan struct{} // a slot for each GET /rollout that is not waiting
+	reading    chan struct{} // a slot for each GET /rollout that reads
 }
 
 // publication is what publishScript returns.

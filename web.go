@@ -283,7 +283,7 @@ func parseRolloutQuery(raw string) (q rolloutQuery, err error) {
 }
 
 // rollout handles GET /rollout. It answers as soon as the state differs from the one
-// that the job has seen, or when the wait is over.
+// that the job has seen, or when the wait is over or web stops.
 func (s *web) rollout(c *call) (any, error) {
 	q := c.asked
 	if s.waiting.Add(1) <= maxWaiting {
@@ -296,24 +296,22 @@ func (s *web) rollout(c *call) (any, error) {
 	waiting, cancel := context.WithTimeout(c.r.Context(), q.wait)
 	defer cancel()
 	defer context.AfterFunc(s.stopping, cancel)()
-	for {
+	for client := c.r.Context(); client.Err() == nil; {
 		state, err := s.readRollout(waiting, q)
 		switch {
-		case c.r.Context().Err() != nil: // the client is gone
-			return nil, nil
-		case err != nil:
-			return nil, err
 		case state != nil:
 			state.RequestID = c.id
 			c.line = []slog.Attr{slog.Any("images", q.images), slog.Any("state", state.State)}
 			return state, nil
+		case err != nil && client.Err() == nil:
+			return nil, err
 		}
 		select {
 		case <-time.After(rolloutInterval):
 		case <-waiting.Done():
-			q.seen = "" // tell it nevertheless
 		}
 	}
+	return nil, nil // nobody reads the answer
 }
 
 // bearerToken reads the one Authorization header (RFC 6750, section 2.1). The

@@ -54,6 +54,7 @@ type worker struct {
 	queue    workqueue.TypedDelayingInterface[string]
 	backoff  workqueue.TypedRateLimiter[string]
 	pace     *rate.Limiter // of WORKER_RESTARTS_PER_MINUTE, unless that is 0
+	turns    sync.Mutex
 	cfg      workerConfig
 	rules    rules
 	now      func() time.Time
@@ -64,9 +65,9 @@ type worker struct {
 	recording  atomic.Int64
 	notBefore  sync.Map // when a workload that failed or is paced is due again, a time.Time by key
 
-	alive    atomic.Bool // caught up since that was reported
+	alive    atomic.Bool // the worker has caught up since it last reported to be alive
 	reported health
-	mu       sync.Mutex // of followed, and for pace
+	mu       sync.Mutex // guards followed
 	followed map[string]*followed
 }
 
@@ -295,16 +296,17 @@ func (w *worker) reconcile(ctx context.Context, key string) {
 }
 
 // takeTurn defers a restart to the next turn of WORKER_RESTARTS_PER_MINUTE. A request that
-// expires before takes none: nobody shall wait behind it.
+// would expire before its turn takes none, so that no other waits behind it.
 func (w *worker) takeTurn(next decision) decision {
-	w.mu.Lock() // a turn is given back only if nobody has taken a later one
-	defer w.mu.Unlock()
-	turn := w.pace.Reserve()
-	switch next.wait = turn.Delay(); {
-	case next.wait >= w.rules.window-w.now().Sub(next.request.made):
+	w.turns.Lock() // a turn is given back only if nobody has taken a later one
+	defer w.turns.Unlock()
+	turn, left := w.pace.Reserve(), w.rules.window-w.now().Sub(next.request.made)
+	next.wait, next.hasTurn = turn.Delay(), true
+	if next.wait >= left {
 		turn.Cancel()
-		next.verdict, next.reason = expired, expiredReason
-	case next.wait > 0:
+		next.wait, next.hasTurn = left, false
+	}
+	if next.wait > 0 {
 		next.verdict, next.reason = deferred, paceReason
 	}
 	return next
@@ -321,7 +323,7 @@ func (w *worker) fetch(ctx context.Context, d *workload) (*workload, error) {
 	if len(list.Items) == 0 {
 		return nil, nil
 	}
-	w.cache.put(newWorkload(d.kind, &list.Items[0]), true)
+	w.cache.put(newWorkload(d.kind, &list.Items[0]), fromAnswer)
 	return w.cache.get(d.key()), nil
 }
 
@@ -380,7 +382,7 @@ func (w *worker) settle(d *workload, next decision, err error) {
 		return
 	}
 	w.done(key)
-	if next.reason == paceReason {
+	if next.reason == paceReason && next.hasTurn {
 		w.notBefore.Store(key, w.now().Add(next.wait))
 	}
 	if next.verdict == deferred {
@@ -425,7 +427,7 @@ func (w *worker) patch(ctx context.Context, d *workload, next decision, versione
 		return err
 	}
 	patched := newWorkload(d.kind, answer)
-	w.cache.put(patched, true) // of a dry run too: later entries inherit the restart
+	w.cache.put(patched, fromAnswer) // of a dry run too: later entries inherit the restart
 	if patched.restartedAt != value {
 		return errNoEffect
 	}

@@ -216,7 +216,7 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 	addedAt := d.updated.Add(-updatedTolerance)
 	if previous == nil || previous.uid != d.uid {
 		addedAt = d.created.Add(-createdTolerance)
-		previous = &workload{newestRestart: d.restartedAt}
+		previous = &workload{restartedAt: d.restartedAt, newestRestart: d.restartedAt}
 	}
 	look = previous.paused && !d.paused || previous.onDelete && !d.onDelete
 	for i := range d.images {
@@ -229,14 +229,19 @@ func (d *workload) inherit(previous *workload, now, seen time.Time) (look bool) 
 		look = true
 	}
 	d.newestRestart, d.restartedSince = previous.newestRestart, previous.restartedSince
-	if later(d.restartedAt, d.newestRestart) {
-		d.newestRestart, d.restartedSince = d.restartedAt, seen
+	if d.restartedAt != "" && d.restartedAt != previous.restartedAt {
+		switch {
+		case later(d.restartedAt, d.newestRestart):
+			d.newestRestart, d.restartedSince = d.restartedAt, seen
+		case later(d.newestRestart, d.restartedAt): // somebody's clock was ahead, or it was reset
+			d.restartedSince = seen
+		}
 	}
 	return look
 }
 
 // later compares two values of restartedAt as times: kubectl writes local time, and Argo
-// Rollouts rewrites the worker's in whole seconds. What is no time is earlier than any.
+// Rollouts rewrites the worker's in whole seconds. Text that is not a time is the earliest.
 func later(a, b string) bool {
 	x, _ := time.Parse(time.RFC3339, a)
 	y, _ := time.Parse(time.RFC3339, b)
@@ -284,6 +289,7 @@ type decision struct {
 	verdict verdict
 	reason  string        // for the log
 	wait    time.Duration // if deferred: when to look again
+	hasTurn bool          // of WORKER_RESTARTS_PER_MINUTE
 	image   usedImage
 	request request
 }

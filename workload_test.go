@@ -94,14 +94,16 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// Argo Rollouts rewrites the worker's time in whole seconds, which is no other restart.
+// Argo Rollouts rewrites the worker's time in whole seconds, which is no other restart. One
+// that is older, though greater as text, is another, but not the newest.
 func TestRewrittenRestart(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 	before := &workload{restartedAt: "2026-11-21T12:00:05.000000Z", newestRestart: "2026-11-21T12:00:05.000000Z", restartedSince: now}
-	for value, want := range map[string]string{"2026-11-21T12:00:05Z": before.newestRestart, "2026-11-21T12:00:06Z": "2026-11-21T12:00:06Z"} {
+	for value, want := range map[string]string{"2026-11-21T12:00:05Z": before.newestRestart, "2026-11-21T12:00:06Z": "2026-11-21T12:00:06Z",
+		"2026-11-21T14:00:00+02:00": before.newestRestart} {
 		after := &workload{restartedAt: value}
 		after.inherit(before, now, now.Add(time.Second))
-		if after.newestRestart != want || after.restartedSince.Equal(now) != (want == before.newestRestart) {
+		if after.newestRestart != want || after.restartedSince.Equal(now) != (value == "2026-11-21T12:00:05Z") {
 			t.Errorf("%s: the newest restart is %s, since %s", value, after.newestRestart, after.restartedSince)
 		}
 	}
