@@ -485,11 +485,11 @@ func TestRolloutWaiters(t *testing.T) {
 		t.Errorf("after its turn has come: %s", text)
 	}
 	w.pub.reading <- struct{}{}
-
 	all.Go(func() { wait(t.Context()) })
 	eventually(t, "one waits", func() bool { return w.handler.waiting.Load() == 1 })
 	begun = time.Now()
 	w.stop()
+	<-w.pub.reading
 	if all.Wait(); time.Since(begun) > 5*time.Second {
 		t.Errorf("web stops, and one waits for %s", time.Since(begun))
 	}
